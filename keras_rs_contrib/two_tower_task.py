@@ -1,0 +1,361 @@
+"""The retrieval task: query and candidate embeddings in, loss out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_rs_contrib import losses, negatives
+from keras_rs_contrib.candidate_ids import check_candidate_ids
+
+
+@keras.saving.register_keras_serializable(package="keras_rs_contrib")
+class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
+    """The retrieval task of a two-tower model: a drop-in counterpart of `tfrs.tasks.Retrieval`.
+
+    The layer owns no towers and no weights. Row i of the query embeddings and row i of the candidate embeddings are a
+    positive pair. Without `labels`, the loss is a softmax over the batch, in which every other candidate is a negative;
+    with `labels`, each pair's score is compared with its label. Under a `keras.distribution` the batch is the global
+    one: a query on one device has the candidates of all devices as negatives, and loss and gradients are those of a
+    single device.
+
+    The steps of the softmax, each left out where its argument is not given: scores, `temperature`, log-q correction by
+    `candidate_sampling_probability`, accidental hits, `score_mask`, hard negatives, loss. They are those of TFRS, in
+    its order. What differs is the default loss, which is the mean over the valid rows and not the sum.
+
+    Args:
+        loss: a `keras.losses.Loss` of (one-hot labels, logits), or of (labels, scores), both `[batch, 1]`, where
+            `labels` are given. Its reduction is respected; without a reduction the result is `[batch]`. `None` is
+            softmax cross-entropy, or mean squared error with `labels`, averaged over the valid rows.
+        similarity: `"dot"`, or `"cosine"` to L2-normalise both sides before scoring.
+        temperature: positive number that divides the scores, or `None` for 1.
+        num_hard_negatives: positive int; only this many negatives with the largest logits are kept for each query.
+            `None` keeps all.
+        remove_accidental_hits: whether negatives with the id of the query's own positive are left out. Needs
+            `candidate_ids`.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Raises:
+        TypeError: if `loss` is no `keras.losses.Loss`, or an argument is of the wrong type.
+        ValueError: if an argument is out of range, or, when called, if arguments do not fit one another.
+
+    Example:
+    ```python
+    task = DistributedTwoTowerTask(temperature=0.1, remove_accidental_hits=True)
+    query_embeddings = keras.random.normal((4, 8), seed=1)
+    candidate_embeddings = keras.random.normal((4, 8), seed=2)
+    loss = task(query_embeddings, candidate_embeddings, candidate_ids=np.array([7, 3, 7, 9]))
+    ```
+
+    Reference: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019.
+    """
+
+    def __init__(
+        self,
+        loss: keras.losses.Loss | None = None,
+        similarity: str = "dot",
+        temperature: float | None = None,
+        num_hard_negatives: int | None = None,
+        remove_accidental_hits: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # No autocast: under a mixed precision policy it would round probabilities, weights and labels to 8 bits.
+        super().__init__(autocast=False, **kwargs)
+        if loss is not None and not isinstance(loss, keras.losses.Loss):
+            raise TypeError(
+                f"`loss` must be a `keras.losses.Loss`. Received: loss={loss!r} (of type {type(loss).__name__}). "
+                "Pass an instance, such as `keras.losses.CategoricalCrossentropy(from_logits=True)`."
+            )
+        self.loss = loss
+        self.similarity = losses.check_similarity(similarity)
+        self.temperature = _check_temperature(temperature)
+        self.num_hard_negatives = _check_num_hard_negatives(num_hard_negatives)
+        if not isinstance(remove_accidental_hits, bool):
+            raise TypeError(
+                "`remove_accidental_hits` must be a bool. Received: "
+                f"remove_accidental_hits={remove_accidental_hits!r}. Pass the ids as `candidate_ids` of the call."
+            )
+        self.remove_accidental_hits = remove_accidental_hits
+        # Masks of the towers (`Embedding(mask_zero=True)`) end here, without a warning.
+        self.supports_masking = True
+        self.built = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss: see `call`."""
+        # Ahead of the conversion to tensors, which wraps ids beyond int32 in silence and stumbles over strings.
+        arguments = inspect.signature(self.call).bind_partial(*args, **kwargs).arguments
+        if not _is_tensor(arguments.get("candidate_ids")):
+            check_candidate_ids(arguments["candidate_ids"])
+        return super().__call__(*args, **kwargs)
+
+    def call(
+        self,
+        query_embeddings: Any,
+        candidate_embeddings: Any,
+        labels: Any = None,
+        sample_weight: Any = None,
+        candidate_ids: Any = None,
+        candidate_sampling_probability: Any = None,
+        score_mask: Any = None,
+        candidate_mask: Any = None,
+    ) -> Any:
+        """Computes the loss of a batch.
+
+        Args:
+            query_embeddings: `[batch, embedding_dim]` float, or `[batch, num_heads, embedding_dim]`, where each
+                candidate is scored by the query's best head.
+            candidate_embeddings: `[num_candidates, embedding_dim]` float, `num_candidates >= batch`: row i is the
+                positive of query i, rows from `batch` on are extra negatives for every query.
+            labels: `[batch]` float; if given, the loss is pointwise, and the arguments about negatives are errors.
+            sample_weight: `[batch]` float weights of the queries.
+            candidate_ids: `[num_candidates]` int ids, for the removal of accidental hits.
+            candidate_sampling_probability: `[num_candidates]` float, the probability of each candidate to be drawn
+                into a batch, clipped to [1e-6, 1].
+            score_mask: `[batch, num_candidates]` bool; False leaves the candidate out for that query.
+            candidate_mask: `[num_candidates]` bool; False marks padding: never a negative, and the query of its row
+                weighs nothing.
+
+        Returns:
+            Scalar float32 loss, or `[batch]` where `loss` has no reduction.
+
+        Raises:
+            ValueError: if shapes or arguments do not fit one another.
+        """
+        given = {
+            "labels": labels,
+            "sample_weight": sample_weight,
+            "candidate_ids": candidate_ids,
+            "candidate_sampling_probability": candidate_sampling_probability,
+            "score_mask": score_mask,
+            "candidate_mask": candidate_mask,
+        }
+        query_embeddings = ops.convert_to_tensor(query_embeddings)
+        candidate_embeddings = ops.convert_to_tensor(candidate_embeddings)
+        given = {name: None if value is None else ops.convert_to_tensor(value) for name, value in given.items()}
+        self._check_shapes(query_embeddings, candidate_embeddings, given)
+
+        sample_weight = given["sample_weight"]
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, "float32")
+        valid = None
+        if candidate_mask is not None:
+            candidate_mask = ops.cast(given["candidate_mask"], "bool")
+            num_queries = ops.shape(query_embeddings)[0]
+            valid = candidate_mask[:num_queries]
+            # What stands in a padded row, even NaN, must reach neither the loss nor a gradient.
+            query_embeddings = _zero_where_false(valid, query_embeddings)
+            candidate_embeddings = _zero_where_false(candidate_mask, candidate_embeddings)
+            if sample_weight is not None:
+                sample_weight = _zero_where_false(valid, sample_weight)
+
+        if labels is not None:
+            labels = ops.cast(given["labels"], "float32")
+            if valid is not None:
+                labels = _zero_where_false(valid, labels)
+            return self._pointwise_loss(query_embeddings, candidate_embeddings, labels, sample_weight, valid)
+
+        logits = losses.in_batch_scores(query_embeddings, candidate_embeddings, self.similarity)
+        one_hot = negatives.positive_labels(logits)
+        if self.temperature is not None:
+            logits = ops.divide(logits, self.temperature)
+        if candidate_sampling_probability is not None:
+            logits = negatives.subtract_log_probability(logits, given["candidate_sampling_probability"])
+        if self.remove_accidental_hits:
+            hits = negatives.accidental_hits(one_hot, given["candidate_ids"])
+            logits = negatives.mask_logits(logits, ops.logical_not(hits))
+        if score_mask is not None:
+            logits = negatives.mask_logits(logits, ops.cast(given["score_mask"], "bool"))
+        if candidate_mask is not None:
+            logits = negatives.mask_logits(logits, ops.expand_dims(candidate_mask, 0))
+        if self.num_hard_negatives is not None:
+            logits, one_hot = negatives.hardest_negatives(logits, one_hot, self.num_hard_negatives)
+        if self.loss is None:
+            values = losses.softmax_cross_entropy(one_hot, logits)
+            return losses.mean_over_valid_rows(values, sample_weight, valid)
+        return _reduced(self.loss, one_hot, logits, sample_weight, valid)
+
+    def _pointwise_loss(self, queries: Any, candidates: Any, labels: Any, sample_weight: Any, valid: Any) -> Any:
+        scores = losses.pairwise_scores(queries, candidates, self.similarity)
+        if self.temperature is not None:
+            scores = ops.divide(scores, self.temperature)
+        if self.loss is None:
+            return losses.mean_over_valid_rows(ops.square(ops.subtract(labels, scores)), sample_weight, valid)
+        return _reduced(self.loss, ops.expand_dims(labels, 1), ops.expand_dims(scores, 1), sample_weight, valid)
+
+    def compute_output_spec(
+        self, query_embeddings: Any, candidate_embeddings: Any, *args: Any, **kwargs: Any
+    ) -> keras.KerasTensor:
+        """Returns the shape and dtype of the loss, and raises as `call` does."""
+        bound = inspect.signature(self.call).bind(query_embeddings, candidate_embeddings, *args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        self._check_shapes(given.pop("query_embeddings"), given.pop("candidate_embeddings"), given)
+        unreduced = self.loss is not None and self.loss.reduction in (None, "none")
+        return keras.KerasTensor((query_embeddings.shape[0],) if unreduced else (), dtype="float32")
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """Returns `None`: a loss carries no mask."""
+        return
+
+    def _check_shapes(self, query_embeddings: Any, candidate_embeddings: Any, given: dict[str, Any]) -> None:
+        query_shape, candidate_shape = tuple(query_embeddings.shape), tuple(candidate_embeddings.shape)
+        if len(query_shape) not in (2, 3) or len(candidate_shape) != 2:
+            raise ValueError(
+                "`query_embeddings` must be `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`, and "
+                "`candidate_embeddings` `[num_candidates, embedding_dim]`. Received: shapes "
+                f"{query_shape} and {candidate_shape}. Flatten or expand the output of the towers to these ranks."
+            )
+        if _differ(query_shape[-1], candidate_shape[-1]):
+            raise ValueError(
+                "Both towers must give embeddings of the same dimension. Received: "
+                f"{query_shape[-1]} for the queries and {candidate_shape[-1]} for the candidates. "
+                "Project one of them, for instance by a last `keras.layers.Dense`."
+            )
+        batch, num_candidates = query_shape[0], candidate_shape[0]
+        if batch is not None and num_candidates is not None and num_candidates < batch:
+            raise ValueError(
+                "Each query needs its positive candidate in the row of the same number. Received: "
+                f"{batch} queries and {num_candidates} candidates. Pass at least as many candidates as queries."
+            )
+        expected = {
+            "labels": (batch,),
+            "sample_weight": (batch,),
+            "candidate_ids": (num_candidates,),
+            "candidate_sampling_probability": (num_candidates,),
+            "score_mask": (batch, num_candidates),
+            "candidate_mask": (num_candidates,),
+        }
+        for name, shape in expected.items():
+            if given[name] is None:
+                continue
+            received = tuple(given[name].shape)
+            if len(received) != len(shape) or any(map(_differ, received, shape)):
+                raise ValueError(
+                    f"`{name}` must have shape {shape} for {batch} queries and {num_candidates} candidates. "
+                    f"Received: shape {received}. {_SHAPE_CURES[name]}"
+                )
+        if given["candidate_ids"] is not None:
+            dtype = keras.backend.standardize_dtype(given["candidate_ids"].dtype)
+            if "int" not in dtype:
+                raise TypeError(
+                    f"`candidate_ids` must be integers. Received: dtype {dtype}. "
+                    "Map ids to integers first, strings for instance by `keras.layers.StringLookup`."
+                )
+        if given["labels"] is None:
+            if self.remove_accidental_hits and given["candidate_ids"] is None:
+                raise ValueError(
+                    "`remove_accidental_hits=True` needs the ids of the candidates. Received: candidate_ids=None. "
+                    "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
+                )
+            return
+        about_negatives = [
+            name
+            for name in ("candidate_ids", "candidate_sampling_probability", "score_mask")
+            if given[name] is not None
+        ]
+        if self.num_hard_negatives is not None:
+            about_negatives.append("num_hard_negatives")
+        if self.remove_accidental_hits:
+            about_negatives.append("remove_accidental_hits")
+        if about_negatives:
+            raise ValueError(
+                "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
+                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+            )
+        if _differ(batch, num_candidates):
+            raise ValueError(
+                "With `labels` each query scores its own candidate only. Received: "
+                f"{batch} queries and {num_candidates} candidates. Leave out the extra negatives, or the labels."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, serialized."""
+        config: dict[str, Any] = super().get_config()
+        config.update(
+            loss=None if self.loss is None else keras.losses.serialize(self.loss),
+            similarity=self.similarity,
+            temperature=self.temperature,
+            num_hard_negatives=self.num_hard_negatives,
+            remove_accidental_hits=self.remove_accidental_hits,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistributedTwoTowerTask:
+        """Returns the task that `get_config` describes."""
+        config = dict(config)
+        if isinstance(config.get("loss"), dict):
+            config["loss"] = keras.losses.deserialize(config["loss"])
+        return cls(**config)
+
+
+_SHAPE_CURES = {
+    "labels": "Give one number for each query.",
+    "sample_weight": "Give one weight for each query.",
+    "candidate_ids": "Include the ids of the extra negatives.",
+    "candidate_sampling_probability": "Include the probabilities of the extra negatives.",
+    "score_mask": "Give one bool for each pair of a query and a candidate.",
+    "candidate_mask": "Include the extra negatives.",
+}
+
+
+def _check_temperature(temperature: float | None) -> float | None:
+    if temperature is None:
+        return None
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
+        raise TypeError(f"`temperature` must be a number. Received: temperature={temperature!r}. Use None for none.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            "`temperature` divides the scores and must be positive and finite. "
+            f"Received: temperature={temperature!r}. Use None to leave the scores as they are."
+        )
+    return float(temperature)
+
+
+def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
+    if num_hard_negatives is None:
+        return None
+    if not isinstance(num_hard_negatives, numbers.Integral) or isinstance(num_hard_negatives, bool):
+        raise TypeError(
+            "`num_hard_negatives` must be an int. "
+            f"Received: num_hard_negatives={num_hard_negatives!r}. Use None to keep all negatives."
+        )
+    if num_hard_negatives < 1:
+        raise ValueError(
+            "`num_hard_negatives` must be at least 1: with no negative there is nothing to learn. "
+            f"Received: num_hard_negatives={num_hard_negatives}. Use None to keep all negatives."
+        )
+    return int(num_hard_negatives)
+
+
+def _differ(first: int | None, second: int | None) -> bool:
+    """Returns whether two dimensions are known and not the same."""
+    return first is not None and second is not None and first != second
+
+
+def _is_tensor(value: Any) -> bool:
+    return value is None or keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor)
+
+
+def _zero_where_false(rows: Any, values: Any) -> Any:
+    """Returns `values` with the rows outside the `[num_rows]` bool `rows` set to 0."""
+    for _ in range(len(values.shape) - 1):
+        rows = ops.expand_dims(rows, -1)
+    return ops.where(rows, values, ops.zeros_like(values))
+
+
+def _reduced(loss: keras.losses.Loss, labels: Any, predictions: Any, sample_weight: Any, valid: Any) -> Any:
+    """Returns the loss over the valid rows, reduced as `loss` says."""
+    if valid is not None:
+        weight = ops.cast(valid, "float32")
+        if loss.reduction in ("sum_over_batch_size", "mean"):
+            # Keras divides by all rows; only the valid ones count.
+            num_rows = ops.cast(ops.shape(weight)[0], "float32")
+            weight = ops.multiply(weight, ops.divide(num_rows, ops.maximum(ops.sum(weight), 1.0)))
+        sample_weight = weight if sample_weight is None else ops.multiply(sample_weight, weight)
+    return ops.cast(loss(labels, predictions, sample_weight=sample_weight), "float32")

@@ -1,0 +1,59 @@
+"""Sets up every test: the JAX backend on 8 virtual CPU devices, fixed seeds, no distribution left over."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    keras.utils.set_random_seed(0)
+    yield
+    keras.distribution.set_distribution(None)
+    keras.config.set_dtype_policy("float32")
+    keras.utils.clear_session(free_memory=False)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def data_parallel(num_devices: int) -> keras.distribution.DataParallel:
+    return keras.distribution.DataParallel(devices=jax.devices()[:num_devices])
+
+
+def model_parallel(shape: tuple[int, int] = (2, 4), pattern: str = ".*movie.*embeddings"):
+    """A 2-D mesh that splits batches over `batch` and the rows of the matching tables over `model`."""
+    devices = jax.devices()[: shape[0] * shape[1]]
+    layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, ("batch", "model"), devices))
+    layout_map[pattern] = ("model", None)
+    return keras.distribution.ModelParallel(layout_map=layout_map)
+
+
+DISTRIBUTIONS = {
+    "1 device": lambda: None,
+    "DataParallel(1)": lambda: data_parallel(1),
+    "DataParallel(2)": lambda: data_parallel(2),
+    "DataParallel(3)": lambda: data_parallel(3),
+    "DataParallel(8)": lambda: data_parallel(8),
+    "ModelParallel(2x4)": model_parallel,
+    "ModelParallel(1x8)": lambda: model_parallel((1, 8)),
+}
+
+
+@pytest.fixture(params=DISTRIBUTIONS)
+def distribution(request):
+    """Each distribution in turn, in force."""
+    result = DISTRIBUTIONS[request.param]()
+    keras.distribution.set_distribution(result)
+    return result

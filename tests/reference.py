@@ -1,0 +1,113 @@
+"""What the package computes, written from the formulas as NumPy loops in float64. Imports nothing of the package."""
+
+import math
+
+import numpy as np
+
+
+def similarity_score(query, candidate, similarity="dot"):
+    query, candidate = np.asarray(query, np.float64), np.asarray(candidate, np.float64)
+    if similarity == "cosine":
+        query, candidate = query / np.linalg.norm(query), candidate / np.linalg.norm(candidate)
+    return float(query @ candidate)
+
+
+def best_head_score(query, candidate, similarity="dot"):
+    heads = [query] if np.ndim(query) == 1 else query
+    return max(similarity_score(head, candidate, similarity) for head in heads)
+
+
+def softmax_rows(
+    queries,
+    candidates,
+    *,
+    similarity="dot",
+    temperature=None,
+    candidate_sampling_probability=None,
+    candidate_ids=None,
+    remove_accidental_hits=False,
+    score_mask=None,
+    candidate_mask=None,
+    num_hard_negatives=None,
+):
+    """The logits of each query, its positive first, with those that are out of the running left out."""
+    rows = []
+    for i, query in enumerate(queries):
+        positive, kept = None, []
+        for j, candidate in enumerate(candidates):
+            logit = best_head_score(query, candidate, similarity)
+            if temperature is not None:
+                logit /= temperature
+            if candidate_sampling_probability is not None:
+                logit -= math.log(min(max(float(candidate_sampling_probability[j]), 1e-6), 1.0))
+            if i == j:
+                positive = logit
+                continue
+            if remove_accidental_hits and candidate_ids[i] == candidate_ids[j]:
+                continue
+            if score_mask is not None and not score_mask[i][j]:
+                continue
+            if candidate_mask is not None and not candidate_mask[j]:
+                continue
+            kept.append(logit)
+        kept.sort(reverse=True)
+        rows.append([positive, *kept[:num_hard_negatives]])
+    return rows
+
+
+def softmax_loss(queries, candidates, *, sample_weight=None, candidate_mask=None, **arguments):
+    """Mean cross-entropy over the valid rows."""
+    total, count = 0.0, 0
+    for i, logits in enumerate(softmax_rows(queries, candidates, candidate_mask=candidate_mask, **arguments)):
+        if candidate_mask is not None and not candidate_mask[i]:
+            continue
+        largest = max(logits)
+        log_sum = largest + math.log(sum(math.exp(logit - largest) for logit in logits))
+        total += (log_sum - logits[0]) * (1.0 if sample_weight is None else float(sample_weight[i]))
+        count += 1
+    return total / max(count, 1)
+
+
+def squared_error_loss(
+    queries, candidates, labels, *, sample_weight=None, candidate_mask=None, similarity="dot", temperature=None
+):
+    """Mean squared error of each query's score with its own candidate, over the valid rows."""
+    total, count = 0.0, 0
+    for i, label in enumerate(labels):
+        if candidate_mask is not None and not candidate_mask[i]:
+            continue
+        score = best_head_score(queries[i], candidates[i], similarity) / (temperature or 1.0)
+        total += (float(label) - score) ** 2 * (1.0 if sample_weight is None else float(sample_weight[i]))
+        count += 1
+    return total / max(count, 1)
+
+
+def gradient(function, values, step=1e-5):
+    """Central differences of a scalar function of one array."""
+    values = np.array(values, np.float64)
+    result = np.zeros_like(values)
+    for index in np.ndindex(values.shape):
+        saved = values[index]
+        values[index] = saved + step
+        above = function(values)
+        values[index] = saved - step
+        below = function(values)
+        values[index] = saved
+        result[index] = (above - below) / (2 * step)
+    return result
+
+
+def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=()):
+    """The ids of the k best rows of each query, and their scores; equal scores by lower row."""
+    ids = range(len(table)) if ids is None else ids
+    all_scores, all_ids = [], []
+    for query in queries:
+        scored = [
+            (-similarity_score(query, row, similarity), number, candidate_id)
+            for number, (row, candidate_id) in enumerate(zip(table, ids, strict=True))
+            if candidate_id not in exclude_ids
+        ]
+        best = sorted(scored)[:k]
+        all_scores.append([-score for score, _, _ in best])
+        all_ids.append([candidate_id for _, _, candidate_id in best])
+    return np.array(all_scores), np.array(all_ids)

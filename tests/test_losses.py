@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+import reference
+
+from keras_rs_contrib import losses
+
+
+@pytest.mark.parametrize("similarity", losses.SIMILARITIES)
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_scores_follow_the_formula(rng, similarity, heads):
+    queries = rng.normal(size=(4, 5) if heads is None else (4, heads, 5))
+    candidates = rng.normal(size=(6, 5))
+    expected = [[reference.best_head_score(q, c, similarity) for c in candidates] for q in queries]
+    np.testing.assert_allclose(losses.in_batch_scores(queries, candidates, similarity), expected, rtol=1e-5, atol=1e-6)
+    pairs = losses.pairwise_scores(queries, candidates[:4], similarity)
+    np.testing.assert_allclose(pairs, np.diagonal(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_cosine_of_an_embedding_of_zeros_is_zero():
+    np.testing.assert_array_equal(losses.in_batch_scores(np.zeros((1, 3)), np.ones((2, 3)), "cosine"), [[0.0, 0.0]])
+
+
+def test_a_small_loss_keeps_its_digits():
+    """log(1 + exp(-12)), which float32 cannot tell from 0 as a difference of numbers about 1000."""
+    loss = losses.softmax_cross_entropy(np.array([[1.0, 0.0]], "float32"), np.array([[1000.0, 988.0]], "float32"))
+    np.testing.assert_allclose(loss, [np.log1p(np.exp(-12.0))], rtol=1e-2)
+
+
+def test_a_row_without_a_positive_has_no_loss():
+    np.testing.assert_array_equal(losses.softmax_cross_entropy(np.zeros((1, 2)), np.array([[3.0, 4.0]])), [0.0])
+
+
+def test_the_mean_counts_valid_rows_and_not_weights():
+    values, weights = np.array([1.0, 2.0, np.nan], "float32"), np.array([3.0, 0.0, 1.0], "float32")
+    valid = np.array([True, True, False])
+    assert float(losses.mean_over_valid_rows(values, weights, valid)) == 1.5

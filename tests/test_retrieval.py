@@ -1,0 +1,604 @@
+import copy
+import warnings
+import zipfile
+
+import h5py
+import jax
+import keras
+import keras_rs
+import numpy as np
+import pytest
+import reference
+from conftest import data_parallel, model_parallel
+
+from keras_rs_contrib import DistributedTwoTowerTask, ShardedBruteForceRetrieval, shard_candidates
+
+NUM_USERS, NUM_MOVIES, DIMENSION = 24, 40, 4
+
+
+def brute_force(k=5, return_scores=False, **kwargs):
+    return keras_rs.layers.BruteForceRetrieval(k=k, return_scores=return_scores, **kwargs)
+
+
+class RetrievalModel(keras.Model):
+    """The tutorial's model with the tied index, whose attributes may bear any names."""
+
+    def __init__(self, tower_name="candidate_embedding", index_name="retrieval", k=5, mesh_axis=None, **kwargs):
+        super().__init__(**kwargs)
+        self.arguments = {"tower_name": tower_name, "index_name": index_name, "k": k, "mesh_axis": mesh_axis}
+        self.user_embedding = keras.layers.Embedding(NUM_USERS, DIMENSION, name="user")
+        setattr(self, tower_name, keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie"))
+        index = shard_candidates(brute_force(k), self.the_tower, exclude_ids=[0], mesh_axis=mesh_axis)
+        setattr(self, index_name, index)
+        self.task = DistributedTwoTowerTask()
+
+    @property
+    def the_tower(self):
+        return getattr(self, self.arguments["tower_name"])
+
+    @property
+    def the_index(self):
+        return getattr(self, self.arguments["index_name"])
+
+    def call(self, user_ids, training=False):
+        user_embeddings = self.user_embedding(user_ids)
+        result = {"user_embeddings": user_embeddings}
+        if not training:
+            result["predictions"] = self.the_index(user_embeddings)
+        return result
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        movie_embeddings = self.the_tower(y["movie_id"])
+        return self.task(y_pred["user_embeddings"], movie_embeddings, labels=y["rating"], sample_weight=sample_weight)
+
+    def get_config(self):
+        return {**super().get_config(), **self.arguments}
+
+
+keras.saving.register_keras_serializable(package="tests")(RetrievalModel)
+
+
+def fitted_model(epochs=2, **arguments):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, NUM_USERS, 96).astype("int32")
+    y = {"movie_id": rng.integers(1, NUM_MOVIES, 96).astype("int32"), "rating": rng.random(96).astype("float32")}
+    model = RetrievalModel(**arguments)
+    model.compile(keras.optimizers.Adagrad(0.5))
+    model.history = model.fit(x, y, batch_size=24, epochs=epochs, verbose=0, shuffle=False)
+    return model
+
+
+def predictions(model):
+    return model.predict(np.arange(NUM_USERS, dtype="int32"), batch_size=NUM_USERS, verbose=0)["predictions"]
+
+
+def expected_predictions(model, k=5):
+    users = np.asarray(model.user_embedding.embeddings.value)
+    return reference.top_k(users, np.asarray(model.the_tower.embeddings.value), k, exclude_ids=[0])[1]
+
+
+# What it returns.
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("return_scores", [False, True])
+def test_the_index_returns_the_best_rows_of_the_tower(rng, similarity, return_scores):
+    tower = keras.layers.Embedding(30, 4, embeddings_initializer="normal")
+    index = shard_candidates(brute_force(return_scores=return_scores), tower, similarity=similarity)
+    queries = rng.normal(size=(6, 4)).astype("float32")
+    result = index(queries)
+    expected_scores, expected_ids = reference.top_k(
+        queries, np.asarray(tower.embeddings.value), 5, similarity=similarity
+    )
+    ids = result[1] if return_scores else result
+    assert ids.dtype == "int32"
+    np.testing.assert_array_equal(ids, expected_ids)
+    if return_scores:
+        assert result[0].dtype == "float32"
+        np.testing.assert_allclose(result[0], expected_scores, rtol=1e-5, atol=1e-7)
+
+
+def test_candidate_ids_stand_for_rows(rng):
+    tower = keras.layers.Embedding(10, 4)
+    ids = rng.permutation(10) * 1000 - 5000
+    index = shard_candidates(brute_force(k=3), tower, candidate_ids=ids, exclude_ids=ids[[2, 7]])
+    queries = rng.normal(size=(6, 4)).astype("float32")
+    result = index(queries)
+    table = np.asarray(tower.embeddings.value)
+    np.testing.assert_array_equal(
+        result, reference.top_k(queries, table, 3, ids=ids.tolist(), exclude_ids=ids[[2, 7]].tolist())[1]
+    )
+
+
+def test_an_excluded_candidate_is_not_returned_even_in_want_of_finite_scores():
+    tower = keras.layers.Embedding(3, 1, weights=np.array([[1.0], [np.inf], [np.inf]]))
+    index = shard_candidates(brute_force(k=2, return_scores=True), tower, exclude_ids=[0])
+    scores, ids = index(np.array([[-1.0]]))
+    np.testing.assert_array_equal(scores, [[-np.inf, -np.inf]])
+    assert 0 not in np.asarray(ids)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_scores_are_float32_whatever_the_towers_precision(rng, policy):
+    tower = keras.layers.Embedding(30, 4, dtype=policy, embeddings_initializer="normal")
+    keras.config.set_dtype_policy(policy)
+    index = shard_candidates(brute_force(return_scores=True), tower)
+    queries = jax.numpy.asarray(rng.normal(size=(6, 4)), "bfloat16")
+    scores, ids = index(queries)
+    table = np.asarray(tower.embeddings.value).astype("float64")
+    expected_scores, expected_ids = reference.top_k(np.asarray(queries).astype("float64"), table, 5)
+    assert scores.dtype == "float32"
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-7)
+
+
+# The tie.
+
+
+def test_there_is_one_table():
+    model = fitted_model(epochs=0)
+    predictions(model)
+    assert model.the_index.candidate_embeddings is model.the_tower.embeddings
+    assert len(model.weights) == 2
+    assert len(model.trainable_weights) == 2
+
+
+def test_each_prediction_sees_the_last_training_step():
+    model = fitted_model(epochs=1)
+    before = predictions(model)
+    np.testing.assert_array_equal(before, expected_predictions(model))
+    model.the_tower.embeddings.assign(-model.the_tower.embeddings.value)
+    after = predictions(model)
+    np.testing.assert_array_equal(after, expected_predictions(model))
+    assert not np.array_equal(before, after)
+
+
+def test_training_between_predictions_compiles_prediction_once():
+    model = fitted_model(epochs=1)
+    predictions(model)
+    compiled = model.predict_function
+    x, y = np.arange(24, dtype="int32"), {"movie_id": np.arange(24, dtype="int32"), "rating": np.ones(24, "float32")}
+    first = predictions(model)
+    model.fit(x, y, batch_size=24, epochs=30, verbose=0)
+    assert not np.array_equal(predictions(model), first)
+    np.testing.assert_array_equal(predictions(model), expected_predictions(model))
+    assert model.predict_function is compiled
+
+
+def test_a_tied_index_is_not_overwritten():
+    tower = keras.layers.Embedding(10, 4)
+    tower.build((None,))
+    index = shard_candidates(brute_force(), tower)
+    before = np.asarray(tower.embeddings.value)
+    with pytest.raises(ValueError, match="`update_candidates` would overwrite the trained table"):
+        index.update_candidates(np.zeros((10, 4)))
+    with pytest.raises(AttributeError, match="`candidate_embeddings` belongs to the candidate tower"):
+        index.candidate_embeddings = tower.embeddings
+    index.refresh()
+    np.testing.assert_array_equal(tower.embeddings.value, before)
+    assert len(index.weights) == 1
+
+
+# Distributions.
+
+
+@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+def test_fit_and_predict_are_those_of_one_device(distribution, mesh_axis):
+    keras.distribution.set_distribution(None)
+    expected = fitted_model()
+    expected_ids = predictions(expected)
+    keras.distribution.set_distribution(distribution)
+    if mesh_axis and distribution is not None and NUM_MOVIES % distribution.num_model_replicas:
+        with pytest.warns(UserWarning, match=r"40 rows for 3 devices.*up to 42"):
+            model = fitted_model(mesh_axis=mesh_axis)
+    else:
+        model = fitted_model(mesh_axis=mesh_axis)
+    np.testing.assert_allclose(model.history.history["loss"], expected.history.history["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(predictions(model), expected_ids)
+    np.testing.assert_array_equal(predictions(model), expected_predictions(model))
+
+
+def test_the_layout_of_the_tower_is_kept():
+    keras.distribution.set_distribution(model_parallel())
+    model = fitted_model()
+    predictions(model)
+    assert model.the_tower.embeddings.value.sharding.spec[0] == "model"
+    assert model.the_tower.embeddings.value.addressable_shards[0].data.shape == (10, DIMENSION)
+
+
+@pytest.mark.parametrize("built_before", [False, True])
+def test_mesh_axis_splits_the_table_and_its_optimizer_slots(built_before):
+    keras.distribution.set_distribution(data_parallel(8))
+    tower = keras.layers.Embedding(40, 4)
+    if built_before:
+        tower.build((None,))
+    index = shard_candidates(brute_force(), tower, mesh_axis="batch")
+    index(np.ones((8, 4), "float32"))
+    optimizer = keras.optimizers.Adagrad()
+    optimizer.build([tower.embeddings])
+    for variable in (tower.embeddings, optimizer.variables[-1]):
+        assert variable.value.addressable_shards[0].data.shape == (5, 4)
+
+
+def test_values_survive_the_change_of_layout(rng):
+    values = rng.normal(size=(40, 4)).astype("float32")
+    keras.distribution.set_distribution(data_parallel(8))
+    tower = keras.layers.Embedding(40, 4, weights=values)
+    shard_candidates(brute_force(), tower, mesh_axis="batch")
+    np.testing.assert_array_equal(tower.embeddings.value, values)
+
+
+def test_mesh_axis_must_be_of_the_mesh():
+    keras.distribution.set_distribution(data_parallel(8))
+    with pytest.raises(ValueError, match=r"mesh_axis='model' for a mesh with axes \['batch'\]"):
+        shard_candidates(brute_force(), keras.layers.Embedding(40, 4), mesh_axis="model")
+
+
+def test_mesh_axis_means_nothing_on_one_device(rng):
+    tower = keras.layers.Embedding(40, 4)
+    index = shard_candidates(brute_force(), tower, mesh_axis="model")
+    queries = rng.normal(size=(3, 4)).astype("float32")
+    np.testing.assert_array_equal(index(queries), reference.top_k(queries, np.asarray(tower.embeddings.value), 5)[1])
+
+
+def test_a_table_split_over_its_dimension_is_refused():
+    distribution = model_parallel(pattern="none")
+    distribution._layout_map[".*embedding.*"] = (None, "model")
+    keras.distribution.set_distribution(distribution)
+    tower = keras.layers.Embedding(40, 4, name="embedding")
+    tower.build((None,))
+    index = shard_candidates(brute_force(), tower)
+    with pytest.raises(ValueError, match="split over its rows"):
+        index(np.ones((8, 4), "float32"))
+
+
+def test_queries_may_lie_on_one_device_and_not_divide(rng):
+    keras.distribution.set_distribution(model_parallel())
+    tower = keras.layers.Embedding(40, 4, name="movie")
+    tower.build((None,))
+    index = shard_candidates(brute_force(), tower)
+    queries = jax.device_put(rng.normal(size=(3, 4)).astype("float32"), jax.devices()[5])
+    np.testing.assert_array_equal(index(queries), reference.top_k(queries, np.asarray(tower.embeddings.value), 5)[1])
+
+
+# Saving.
+
+
+@pytest.mark.parametrize(
+    ("tower_name", "index_name"),
+    [("candidate_embedding", "retrieval"), ("movie_tower", "index"), ("a", "b"), ("zz", "aa")],
+)
+def test_a_loaded_model_shares_its_tower(tmp_path, tower_name, index_name):
+    model = fitted_model(tower_name=tower_name, index_name=index_name)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.the_index.candidate_tower is loaded.the_tower
+    assert loaded.the_index.k == 5
+    assert loaded.the_index.return_scores is False
+    np.testing.assert_array_equal(predictions(loaded), predictions(model))
+    loaded.the_tower.embeddings.assign(-loaded.the_tower.embeddings.value)
+    np.testing.assert_array_equal(predictions(loaded), expected_predictions(loaded))
+
+
+def saved_arrays(path, tmp_path):
+    with zipfile.ZipFile(path) as file:
+        file.extract("model.weights.h5", tmp_path)
+    shapes = []
+    with h5py.File(tmp_path / "model.weights.h5") as weights:
+        weights.visititems(lambda _, item: shapes.append(item.shape) if isinstance(item, h5py.Dataset) else None)
+    return shapes
+
+
+def test_the_file_holds_the_table_once(tmp_path):
+    model = RetrievalModel()
+    predictions(model)
+    model.save(tmp_path / "model.keras")
+    shapes = saved_arrays(tmp_path / "model.keras", tmp_path)
+    assert shapes.count((NUM_MOVIES, DIMENSION)) == 1
+
+
+SAVED_ON = {"DataParallel(8)": lambda: data_parallel(8), "ModelParallel(2x4)": model_parallel}
+LOADED_ON = {
+    "1 device": lambda: None,
+    "DataParallel(3)": lambda: data_parallel(3),
+    "DataParallel(8)": lambda: data_parallel(8),
+    "ModelParallel(2x4)": model_parallel,
+}
+
+
+@pytest.mark.parametrize("saved_on", SAVED_ON)
+@pytest.mark.parametrize("loaded_on", LOADED_ON)
+def test_a_model_saved_on_8_devices_predicts_the_same_on_others(tmp_path, saved_on, loaded_on):
+    keras.distribution.set_distribution(SAVED_ON[saved_on]())
+    model = fitted_model()
+    expected = predictions(model)
+    model.save(tmp_path / "model.keras")
+    keras.distribution.set_distribution(LOADED_ON[loaded_on]())
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predictions(loaded), expected)
+
+
+@pytest.mark.parametrize("loaded_on", LOADED_ON)
+def test_an_index_split_by_mesh_axis_loads_where_there_is_no_such_axis(tmp_path, loaded_on):
+    keras.distribution.set_distribution(model_parallel(pattern="none"))
+    tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION)
+    users = keras.Input((), dtype="int32")
+    index = shard_candidates(brute_force(), tower, mesh_axis="model")
+    model = keras.Model(users, index(keras.layers.Embedding(NUM_USERS, DIMENSION)(users)))
+    ids = np.arange(NUM_USERS, dtype="int32")
+    expected = model.predict(ids, batch_size=NUM_USERS, verbose=0)
+    assert tower.embeddings.value.sharding.spec[0] == "model"
+    model.save(tmp_path / "model.keras")
+    keras.distribution.set_distribution(LOADED_ON[loaded_on]())
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(ids, batch_size=NUM_USERS, verbose=0), expected)
+
+
+def functional_model(index_first):
+    users, movies = keras.Input((), dtype="int32", name="user"), keras.Input((), dtype="int32", name="movie")
+    user_tower = keras.layers.Embedding(NUM_USERS, DIMENSION, name="user_tower")
+    movie_tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie_tower")
+    index = shard_candidates(brute_force(return_scores=True, name="index"), movie_tower)
+    queries = user_tower(users)
+    if index_first:
+        scores, ids = index(queries)
+        rating = keras.layers.Dot(1)([queries, movie_tower(movies)])
+    else:
+        rating = keras.layers.Dot(1)([queries, movie_tower(movies)])
+        scores, ids = index(queries)
+    return keras.Model([users, movies], {"rating": rating, "scores": scores, "ids": ids})
+
+
+def test_an_index_that_comes_before_its_tower_shares_it_after_loading(tmp_path, rng):
+    """Keras alone loads a layer that is shared with one before it as two."""
+    queries, movies = keras.Input((DIMENSION,), name="query"), keras.Input((), dtype="int32", name="movie")
+    tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie_tower")
+    model = keras.Model([queries, movies], [shard_candidates(brute_force(name="index"), tower)(queries), tower(movies)])
+    names = [layer.name for layer in model.layers]
+    assert names.index("index") < names.index("movie_tower")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("index").candidate_tower is loaded.get_layer("movie_tower")
+    inputs = [rng.normal(size=(3, DIMENSION)).astype("float32"), np.arange(3)]
+    jax.tree.map(np.testing.assert_array_equal, loaded(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("index_first", [False, True])
+def test_a_functional_model_shares_its_tower_after_loading(tmp_path, index_first):
+    model = functional_model(index_first)
+    assert model.output["ids"].shape == (None, 5)
+    model.save(tmp_path / "model.keras")
+    shapes = saved_arrays(tmp_path / "model.keras", tmp_path)
+    assert shapes.count((NUM_MOVIES, DIMENSION)) == 1
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    index, tower = loaded.get_layer("index"), loaded.get_layer("movie_tower")
+    assert index.candidate_tower is tower
+    assert (index.k, index.return_scores) == (5, True)
+    inputs = [np.arange(24, dtype="int32"), np.arange(24, dtype="int32")]
+    expected = model.predict(inputs, verbose=0)
+    for name, value in loaded.predict(inputs, verbose=0).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_weights_alone_may_be_saved(tmp_path):
+    model = fitted_model()
+    predictions(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = fitted_model(epochs=0)
+    predictions(other)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(predictions(other), predictions(model))
+
+
+@pytest.mark.parametrize("return_scores", [False, True])
+@pytest.mark.parametrize("how", ["serialize", "deepcopy"])
+def test_an_index_alone_round_trips(rng, return_scores, how):
+    tower = keras.layers.Embedding(30, 4)
+    index = shard_candidates(
+        brute_force(k=7, return_scores=return_scores, name="the_index"), tower, exclude_ids=[3], similarity="cosine"
+    )
+    queries = rng.normal(size=(6, 4)).astype("float32")
+    expected = index(queries)
+    if how == "serialize":
+        other = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(index))
+        other.set_weights(index.get_weights())
+    else:
+        other = copy.deepcopy(index)
+    assert isinstance(other, ShardedBruteForceRetrieval)
+    assert other.candidate_tower is not tower
+    configs = [{**i.get_config(), "candidate_tower": None} for i in (other, index)]
+    assert configs[0] == configs[1]
+    assert (other.k, other.return_scores, other.name) == (7, return_scores, "the_index")
+    jax.tree.map(np.testing.assert_array_equal, other(queries), expected)
+
+
+def test_candidate_ids_are_saved(tmp_path, rng):
+    users = keras.Input((DIMENSION,))
+    ids = rng.permutation(NUM_MOVIES) + 100
+    index = shard_candidates(
+        brute_force(), keras.layers.Embedding(NUM_MOVIES, DIMENSION), candidate_ids=ids, exclude_ids=[101]
+    )
+    model = keras.Model(users, index(users))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    queries = rng.normal(size=(6, DIMENSION)).astype("float32")
+    np.testing.assert_array_equal(loaded(queries), model(queries))
+    assert int(np.min(loaded(queries))) >= 100
+
+
+# Feature towers.
+
+
+def feature_tower():
+    return keras.Sequential(
+        [keras.layers.Embedding(48, 8), keras.layers.Dense(DIMENSION, activation="tanh")], name="movie_tower"
+    )
+
+
+def test_the_index_of_a_feature_tower_follows_refresh(rng):
+    tower, candidates = feature_tower(), np.arange(10, 40)
+    index = shard_candidates(brute_force(), tower, candidates=candidates)
+    queries = rng.normal(size=(6, DIMENSION)).astype("float32")
+
+    def expected():
+        return reference.top_k(queries, np.asarray(tower(candidates)), 5)[1]
+
+    first = index(queries)
+    np.testing.assert_array_equal(first, expected())
+    tower.layers[-1].kernel.assign(-tower.layers[-1].kernel.value)
+    np.testing.assert_array_equal(index(queries), first)
+    index.refresh()
+    np.testing.assert_array_equal(index(queries), expected())
+    assert not np.array_equal(index(queries), first)
+
+
+def test_features_go_through_the_tower_in_blocks(rng, monkeypatch):
+    monkeypatch.setattr("keras_rs_contrib.retrieval.REFRESH_BLOCK_SIZE", 7)
+    genre, year = keras.Input((), dtype="int32", name="genre"), keras.Input((2,), name="year")
+    merged = keras.layers.Concatenate()([keras.layers.Embedding(5, 3)(genre), year])
+    tower = keras.Model({"genre": genre, "year": year}, keras.layers.Dense(DIMENSION)(merged))
+    features = {"genre": rng.integers(0, 5, 30), "year": rng.normal(size=(30, 2)).astype("float32")}
+    index = shard_candidates(brute_force(), tower, candidates=features, candidate_ids=np.arange(30) + 7)
+    queries = rng.normal(size=(6, DIMENSION)).astype("float32")
+    expected = reference.top_k(queries, np.asarray(tower(features)), 5)[1] + 7
+    np.testing.assert_array_equal(index(queries), expected)
+    tower.layers[-1].kernel.assign(-tower.layers[-1].kernel.value)
+    index.refresh()
+    expected = reference.top_k(queries, np.asarray(tower(features)), 5)[1] + 7
+    np.testing.assert_array_equal(index(queries), expected)
+
+
+@pytest.mark.parametrize("on", SAVED_ON)
+def test_the_index_of_a_feature_tower_is_saved(tmp_path, rng, on):
+    keras.distribution.set_distribution(SAVED_ON[on]())
+    users = keras.Input((DIMENSION,), name="user")
+    movies = keras.Input((), dtype="int32", name="movie")
+    tower = feature_tower()
+    index = shard_candidates(
+        brute_force(name="index"), tower, candidates=np.arange(40), candidate_ids=np.arange(40) + 100, mesh_axis="batch"
+    )
+    model = keras.Model([users, movies], [index(users), tower(movies)])
+    queries = rng.normal(size=(8, DIMENSION)).astype("float32")
+    expected = np.asarray(index(queries))
+    model.save(tmp_path / "model.keras")
+    for load_on in LOADED_ON.values():
+        keras.distribution.set_distribution(load_on())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The rows of a table must divide")
+            loaded = keras.models.load_model(tmp_path / "model.keras").get_layer("index")
+        np.testing.assert_array_equal(loaded(queries), expected)
+        with pytest.raises(ValueError, match="inputs are not saved with the index"):
+            loaded.refresh()
+        loaded.refresh(np.arange(40))
+        np.testing.assert_array_equal(loaded(queries), expected)
+
+
+def test_a_failed_refresh_leaves_the_index_whole(rng):
+    tower = feature_tower()
+    index = shard_candidates(brute_force(), tower, candidates=np.arange(40))
+    queries = rng.normal(size=(6, DIMENSION)).astype("float32")
+    before = np.asarray(index(queries))
+    with pytest.raises(ValueError, match="NaN or infinity for candidate 1"):
+        index.refresh(np.r_[3, 99, np.arange(38)])
+    with pytest.raises(ValueError, match="keeps its number of candidates"):
+        index.refresh(np.arange(20))
+    tower.layers[-1].kernel.assign(np.full((8, DIMENSION), np.nan))
+    with pytest.raises(ValueError, match="NaN or infinity for candidate 0"):
+        index.refresh()
+    np.testing.assert_array_equal(index(queries), before)
+
+
+def test_an_index_over_a_feature_tower_may_be_updated(rng):
+    index = shard_candidates(brute_force(), feature_tower(), candidates=np.arange(40), candidate_ids=np.arange(40))
+    table, queries = rng.normal(size=(40, DIMENSION)), rng.normal(size=(3, DIMENSION)).astype("float32")
+    index.update_candidates(table, np.arange(40) + 100)
+    np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
+    with pytest.raises(ValueError, match="keeps its number of candidates"):
+        index.update_candidates(table[:20])
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"k": 11}, ValueError, "k=11 for 10 candidates"),
+        ({"k": 9, "exclude_ids": [0, 1]}, ValueError, "k=9 for 10 candidates, 2 of them excluded.*at most 8"),
+        ({"k": 0}, ValueError, "k=0"),
+        ({"exclude_ids": [10]}, ValueError, "10 for 10 candidates with ids 0 to 9"),
+        ({"exclude_ids": ["a"]}, TypeError, "`exclude_ids` must be integers"),
+        ({"candidate_ids": np.arange(9)}, ValueError, r"shape \(9,\) for 10 candidates"),
+        ({"candidate_ids": np.arange(10) + 2**31}, ValueError, "2147483648"),
+        ({"candidate_ids": list("abcdefghij")}, TypeError, "StringLookup"),
+        ({"candidate_ids": np.arange(10.0)}, TypeError, "float64"),
+        ({"candidate_ids": np.zeros(10, int)}, ValueError, "0 for 10 candidates"),
+        ({"similarity": "euclidean"}, ValueError, "euclidean"),
+        ({"candidates": np.arange(10)}, ValueError, "Drop `candidates`"),
+        ({"tower": keras.layers.Dense(4)}, ValueError, "a Dense and candidates=None"),
+        ({"tower": lambda x: x}, TypeError, "must be a Keras layer"),
+        ({"retrieval": keras.layers.Dense(4)}, TypeError, "must be a `keras_rs.layers.BruteForceRetrieval`"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, error, words):
+    arguments = dict(arguments)
+    tower = arguments.pop("tower", None) or keras.layers.Embedding(10, 4)
+    retrieval = arguments.pop("retrieval", None) or brute_force(k=arguments.pop("k", 5))
+    with pytest.raises(error, match=words):
+        shard_candidates(retrieval, tower, **arguments)
+
+
+def test_candidates_of_the_retrieval_layer_are_not_dropped_in_silence(rng):
+    retrieval = keras_rs.layers.BruteForceRetrieval(rng.normal(size=(10, 4)), k=5)
+    with pytest.raises(ValueError, match="a layer with 10 candidates"):
+        shard_candidates(retrieval, keras.layers.Embedding(10, 4))
+
+
+def test_an_own_score_is_not_dropped_in_silence():
+    class Euclidean(keras_rs.layers.BruteForceRetrieval):
+        def compute_score(self, query_embedding, candidate_embedding):
+            return None
+
+    with pytest.raises(TypeError, match="Euclidean, which overrides `compute_score`"):
+        shard_candidates(Euclidean(), keras.layers.Embedding(10, 4))
+
+
+def test_an_embedding_that_does_more_than_look_up_needs_candidates():
+    class Normalised(keras.layers.Embedding):
+        def call(self, inputs):
+            return keras.ops.normalize(super().call(inputs))
+
+    with pytest.raises(ValueError, match="a Normalised and candidates=None"):
+        shard_candidates(brute_force(), Normalised(10, 4))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 3)])
+def test_queries_of_another_shape_are_refused(shape):
+    index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
+    with pytest.raises(ValueError, match=r"shape \(batch, 4\)"):
+        index(np.ones(shape, "float32"))
+
+
+def test_a_quantized_tower_is_refused():
+    tower = keras.layers.Embedding(16, 8)
+    index = shard_candidates(brute_force(), tower)
+    index(np.ones((2, 8), "float32"))
+    tower.quantize("int8")
+    with pytest.raises(ValueError, match="quantized to int8"):
+        index(np.ones((2, 8), "float32"))
+
+
+@pytest.mark.parametrize("candidates", [np.zeros((0,), int), {"a": np.zeros(3), "b": np.zeros(4)}])
+def test_a_corpus_has_rows_of_one_number(candidates):
+    with pytest.raises(ValueError, match="one row for each candidate"):
+        shard_candidates(brute_force(), feature_tower(), candidates=candidates)
+
+
+def test_a_tower_gives_one_row_for_each_candidate():
+    with pytest.raises(ValueError, match=r"shape \(40, 4, 1\)"):
+        shard_candidates(
+            brute_force(),
+            keras.Sequential([keras.layers.Embedding(40, 4), keras.layers.Reshape((4, 1))]),
+            candidates=np.arange(40),
+        )

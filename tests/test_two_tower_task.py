@@ -1,0 +1,389 @@
+import copy
+
+import jax
+import keras
+import numpy as np
+import pytest
+import reference
+
+from keras_rs_contrib import DistributedTwoTowerTask
+
+BATCH, EXTRA, DIMENSION = 5, 3, 4
+NUM_CANDIDATES = BATCH + EXTRA
+
+# Constructor arguments, and which call arguments go with them.
+SOFTMAX_CASES = {
+    "plain": ({}, ()),
+    "cosine": ({"similarity": "cosine"}, ()),
+    "temperature": ({"temperature": 0.3}, ()),
+    "log-q": ({}, ("candidate_sampling_probability",)),
+    "accidental hits": ({"remove_accidental_hits": True}, ("candidate_ids",)),
+    "score mask": ({}, ("score_mask",)),
+    "candidate mask": ({}, ("candidate_mask",)),
+    "hard negatives": ({"num_hard_negatives": 2}, ()),
+    "more hard negatives than candidates": ({"num_hard_negatives": 50}, ()),
+    "sample weight": ({}, ("sample_weight",)),
+    "all": (
+        {"similarity": "cosine", "temperature": 0.5, "num_hard_negatives": 3, "remove_accidental_hits": True},
+        ("candidate_sampling_probability", "candidate_ids", "score_mask", "candidate_mask", "sample_weight"),
+    ),
+}
+
+
+def call_arguments(rng, names=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
+    score_mask = rng.random((batch, num_candidates)) < 0.7
+    score_mask[np.arange(batch), np.arange(batch)] = True
+    candidate_mask = np.ones(num_candidates, bool)
+    candidate_mask[[1, num_candidates - 1]] = False
+    arguments = {
+        "candidate_sampling_probability": rng.uniform(1e-3, 1, num_candidates).astype("float32"),
+        "candidate_ids": rng.integers(0, 4, num_candidates),
+        "score_mask": score_mask,
+        "candidate_mask": candidate_mask,
+        "sample_weight": rng.uniform(0, 2, batch).astype("float32"),
+    }
+    return {name: arguments[name] for name in (arguments if names is None else names)}
+
+
+def embeddings(rng, heads=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
+    query_shape = (batch, DIMENSION) if heads is None else (batch, heads, DIMENSION)
+    return rng.normal(size=query_shape).astype("float32"), rng.normal(size=(num_candidates, DIMENSION)).astype(
+        "float32"
+    )
+
+
+def loss_and_gradients(task, queries, candidates, **arguments):
+    """Loss and gradients, compiled as in `fit`."""
+    function = jax.jit(jax.value_and_grad(lambda q, c: task(q, c, **arguments), argnums=(0, 1)))
+    loss, gradients = function(queries, candidates)
+    return np.asarray(loss), *(np.asarray(g) for g in gradients)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("case", SOFTMAX_CASES)
+def test_softmax_loss_and_gradients_follow_the_formulas(rng, case, heads):
+    constructor, names = SOFTMAX_CASES[case]
+    queries, candidates = embeddings(rng, heads)
+    arguments = call_arguments(rng, names)
+    task = DistributedTwoTowerTask(**constructor)
+    loss, query_gradient, candidate_gradient = loss_and_gradients(task, queries, candidates, **arguments)
+    assert loss.dtype == np.float32
+    np.testing.assert_allclose(loss, reference.softmax_loss(queries, candidates, **constructor, **arguments), rtol=1e-5)
+    of_queries = reference.gradient(
+        lambda q: reference.softmax_loss(q, candidates, **constructor, **arguments), queries
+    )
+    of_candidates = reference.gradient(
+        lambda c: reference.softmax_loss(queries, c, **constructor, **arguments), candidates
+    )
+    np.testing.assert_allclose(query_gradient, of_queries, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(candidate_gradient, of_candidates, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("names", [(), ("sample_weight",), ("sample_weight", "candidate_mask")])
+@pytest.mark.parametrize("constructor", [{}, {"similarity": "cosine", "temperature": 0.5}])
+def test_pointwise_loss_and_gradients_follow_the_formulas(rng, names, constructor, heads):
+    queries, candidates = embeddings(rng, heads, num_candidates=BATCH)
+    labels = rng.random(BATCH).astype("float32")
+    arguments = call_arguments(rng, names, num_candidates=BATCH)
+    task = DistributedTwoTowerTask(**constructor)
+    loss, query_gradient, candidate_gradient = loss_and_gradients(task, queries, candidates, labels=labels, **arguments)
+
+    def expected(q, c):
+        return reference.squared_error_loss(q, c, labels, **constructor, **arguments)
+
+    np.testing.assert_allclose(loss, expected(queries, candidates), rtol=1e-5)
+    np.testing.assert_allclose(
+        query_gradient, reference.gradient(lambda q: expected(q, candidates), queries), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        candidate_gradient, reference.gradient(lambda c: expected(queries, c), candidates), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_loss_and_gradients_are_those_of_one_device(rng, distribution, case):
+    batch, num_candidates = 24, 48
+    constructor, names = SOFTMAX_CASES[case]
+    queries, candidates = embeddings(rng, batch=batch, num_candidates=num_candidates)
+    arguments = call_arguments(rng, names, batch, num_candidates)
+    keras.distribution.set_distribution(None)
+    task = DistributedTwoTowerTask(**constructor)
+    expected = loss_and_gradients(task, queries, candidates, **arguments)
+    if distribution is not None:
+        keras.distribution.set_distribution(distribution)
+
+        def distributed(array):
+            layout = distribution.get_data_layout(array.shape)
+            return keras.distribution.distribute_tensor(keras.ops.convert_to_tensor(array), layout)
+
+        queries, candidates = distributed(queries), distributed(candidates)
+        arguments = {name: distributed(value) for name, value in arguments.items()}
+    for value, of_one_device in zip(loss_and_gradients(task, queries, candidates, **arguments), expected, strict=True):
+        np.testing.assert_allclose(value, of_one_device, rtol=1e-5, atol=1e-6)
+
+
+def test_negatives_come_from_every_replica(rng):
+    """Were they local, each of 8 queries would be alone with its positive, and the loss 0."""
+    queries, candidates = embeddings(rng, batch=8, num_candidates=8)
+    distribution = keras.distribution.DataParallel(devices=jax.devices())
+    keras.distribution.set_distribution(distribution)
+    layout = distribution.get_data_layout(queries.shape)
+    queries, candidates = (
+        keras.distribution.distribute_tensor(jax.numpy.asarray(e), layout) for e in (queries, candidates)
+    )
+    assert float(DistributedTwoTowerTask()(queries, candidates)) > 0.5
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_reduction_of_a_loss_is_respected(rng, reduction, masked):
+    queries, candidates = embeddings(rng)
+    arguments = call_arguments(rng, ("sample_weight", "candidate_mask") if masked else ("sample_weight",))
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, reduction=reduction)
+    value = np.asarray(DistributedTwoTowerTask(loss=loss)(queries, candidates, **arguments))
+    valid = arguments["candidate_mask"][:BATCH] if masked else np.ones(BATCH, bool)
+    weight = arguments["sample_weight"] * valid
+    mask = {"candidate_mask": arguments["candidate_mask"]} if masked else {}
+    rows = np.array(
+        [-row[0] + np.log(np.sum(np.exp(row))) for row in reference.softmax_rows(queries, candidates, **mask)]
+    )
+    expected = {
+        "sum_over_batch_size": np.sum(rows * weight) / valid.sum(),
+        "mean": np.sum(rows * weight) / valid.sum(),
+        "sum": np.sum(rows * weight),
+        "mean_with_sample_weight": np.sum(rows * weight) / weight.sum(),
+        "none": rows * weight,
+    }[reduction]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_own_loss_sees_tfrs_logits(rng):
+    """Masked logits have TFRS's value, so that any loss gives what it gives there."""
+    queries, candidates = embeddings(rng)
+    ids = np.zeros(NUM_CANDIDATES, "int32")
+    task = DistributedTwoTowerTask(loss=keras.losses.MeanAbsoluteError(reduction="none"), remove_accidental_hits=True)
+    masked = np.finfo(np.float32).min / 100
+    scores = queries.astype("float64") @ candidates.T.astype("float64")
+    expected = [
+        np.mean([abs(1 - scores[i, j]) if i == j else abs(masked) for j in range(NUM_CANDIDATES)]) for i in range(BATCH)
+    ]
+    np.testing.assert_allclose(task(queries, candidates, candidate_ids=ids), expected, rtol=1e-6)
+
+
+def test_pointwise_loss_may_be_replaced(rng):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    labels = np.array([0, 1, 1, 0, 1], "float32")
+    task = DistributedTwoTowerTask(loss=keras.losses.BinaryCrossentropy(from_logits=True))
+    scores = np.sum(queries * candidates, axis=1)
+    expected = np.mean(np.log1p(np.exp(scores)) - labels * scores)
+    np.testing.assert_allclose(task(queries, candidates, labels=labels), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_what_stands_in_padded_rows_changes_nothing(rng, with_labels):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    weight = np.ones(BATCH, "float32")
+    arguments = {"labels": rng.random(BATCH).astype("float32")} if with_labels else {}
+    task = DistributedTwoTowerTask()
+    expected = loss_and_gradients(task, queries[:3], candidates[:3], **{k: v[:3] for k, v in arguments.items()})
+    queries[3:], candidates[3:], weight[3:] = np.nan, np.inf, np.nan
+    if with_labels:
+        arguments["labels"][3:] = np.nan
+    mask = np.arange(BATCH) < 3
+    loss, *gradients = loss_and_gradients(
+        task, queries, candidates, sample_weight=weight, candidate_mask=mask, **arguments
+    )
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    for gradient, of_valid_rows in zip(gradients, expected[1:], strict=True):
+        np.testing.assert_allclose(gradient[:3], of_valid_rows, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(gradient[3:], 0)
+
+
+@pytest.mark.parametrize("labels", [None, np.zeros(0, "float32")])
+def test_an_empty_batch_has_loss_zero(labels):
+    empty = np.zeros((0, DIMENSION), "float32")
+    assert float(DistributedTwoTowerTask()(empty, empty, labels=labels)) == 0.0
+
+
+def test_a_batch_of_padding_has_loss_zero(rng):
+    queries, candidates = embeddings(rng)
+    mask = np.zeros(NUM_CANDIDATES, bool)
+    assert float(DistributedTwoTowerTask()(queries, candidates, candidate_mask=mask)) == 0.0
+
+
+@pytest.mark.parametrize("num_hard_negatives", [None, 1])
+def test_a_single_row_has_loss_zero(rng, num_hard_negatives):
+    queries, candidates = embeddings(rng, batch=1, num_candidates=1)
+    assert float(DistributedTwoTowerTask(num_hard_negatives=num_hard_negatives)(queries, candidates)) == 0.0
+
+
+@pytest.mark.parametrize("arguments", [{}, {"labels": np.arange(BATCH) / 4}])
+def test_bfloat16_towers_lose_no_more_than_their_own_rounding(rng, arguments):
+    queries, candidates = (jax.numpy.asarray(e, "bfloat16") for e in embeddings(rng, num_candidates=BATCH))
+    loss = DistributedTwoTowerTask(dtype="mixed_bfloat16")(queries, candidates, **arguments)
+    assert loss.dtype == np.float32
+    rounded = np.asarray(queries, "float64"), np.asarray(candidates, "float64")
+    expected = reference.squared_error_loss if arguments else reference.softmax_loss
+    np.testing.assert_allclose(loss, expected(*rounded, **arguments), rtol=1e-6)
+
+
+def test_mixed_precision_does_not_round_the_other_arguments(rng):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    queries, candidates = embeddings(rng)
+    probability = np.full(NUM_CANDIDATES, 1.0, "float32")
+    probability[0] = 0.1001
+    loss = DistributedTwoTowerTask()(queries, candidates, candidate_sampling_probability=probability)
+    expected = reference.softmax_loss(queries, candidates, candidate_sampling_probability=probability)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_float64_and_lists_are_taken(rng):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    labels = [0.0, 0.25, 0.5, 0.75, 1.0]
+    loss = DistributedTwoTowerTask()(queries.astype("float64"), candidates, labels=labels)
+    np.testing.assert_allclose(loss, reference.squared_error_loss(queries, candidates, labels), rtol=1e-5)
+
+
+def test_a_masked_tower_gives_no_warning():
+    towers = keras.layers.Embedding(9, 4, mask_zero=True), keras.layers.Embedding(9, 4, mask_zero=True)
+    ids = np.arange(5)
+    assert np.isfinite(DistributedTwoTowerTask()(towers[0](ids), towers[1](ids)))
+
+
+@pytest.mark.parametrize(
+    "constructor",
+    [
+        {},
+        {"similarity": "cosine", "temperature": 0.25, "num_hard_negatives": 3, "remove_accidental_hits": True},
+        {"loss": keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1, reduction="sum")},
+    ],
+)
+@pytest.mark.parametrize("how", ["config", "serialize", "copy", "deepcopy"])
+def test_copies_compute_the_same(rng, constructor, how):
+    task = DistributedTwoTowerTask(name="the_task", **constructor)
+    other = {
+        "config": lambda: DistributedTwoTowerTask.from_config(task.get_config()),
+        "serialize": lambda: keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(task)),
+        "copy": lambda: copy.copy(task),
+        "deepcopy": lambda: copy.deepcopy(task),
+    }[how]()
+    assert other.name == "the_task"
+    assert other.get_config() == task.get_config()
+    queries, candidates = embeddings(rng)
+    ids = call_arguments(rng, ("candidate_ids",))
+    np.testing.assert_array_equal(other(queries, candidates, **ids), task(queries, candidates, **ids))
+
+
+def functional_model(**constructor):
+    users = keras.Input((), dtype="int32", name="user")
+    movies = keras.Input((), dtype="int32", name="movie")
+    weights = keras.Input((), name="weight")
+    loss = DistributedTwoTowerTask(**constructor)(
+        keras.layers.Embedding(9, 4)(users),
+        keras.layers.Embedding(9, 4)(movies),
+        sample_weight=weights,
+        candidate_ids=movies,
+    )
+    return keras.Model([users, movies, weights], loss)
+
+
+def test_a_functional_model_has_a_scalar_loss_and_survives_saving(tmp_path):
+    model = functional_model(remove_accidental_hits=True, temperature=0.5)
+    assert model.output_shape == ()
+    assert model.output.dtype == "float32"
+    inputs = [np.array([1, 2, 3]), np.array([4, 4, 5]), np.array([1.0, 2.0, 0.5], "float32")]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(inputs), model(inputs))
+
+
+def test_an_unreduced_loss_has_one_value_for_each_query():
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, reduction=None)
+    assert functional_model(loss=loss).output_shape == (None,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+        ({"temperature": -1}, ValueError, "temperature=-1"),
+        ({"temperature": float("nan")}, ValueError, "temperature=nan"),
+        ({"temperature": "cold"}, TypeError, "temperature='cold'"),
+        ({"similarity": "euclidean"}, ValueError, "similarity='euclidean'"),
+        ({"num_hard_negatives": 0}, ValueError, "num_hard_negatives=0"),
+        ({"num_hard_negatives": 2.5}, TypeError, "num_hard_negatives=2.5"),
+        ({"remove_accidental_hits": "yes"}, TypeError, "remove_accidental_hits='yes'"),
+        ({"loss": "mse"}, TypeError, "loss='mse'"),
+    ],
+)
+def test_wrong_constructor_arguments_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        DistributedTwoTowerTask(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"query_embeddings": np.zeros(4)}, r"\(4,\)"),
+        ({"query_embeddings": np.zeros((5, 2, 3, 4))}, r"\(5, 2, 3, 4\)"),
+        ({"candidate_embeddings": np.zeros((5, 1, 4))}, r"\(5, 1, 4\)"),
+        ({"candidate_embeddings": np.zeros((5, 3))}, "4 for the queries and 3 for the candidates"),
+        ({"candidate_embeddings": np.zeros((4, 4))}, "5 queries and 4 candidates"),
+        ({"sample_weight": np.ones(4)}, r"`sample_weight`.*\(4,\)"),
+        ({"sample_weight": np.ones((5, 1))}, r"`sample_weight`.*\(5, 1\)"),
+        ({"candidate_ids": np.arange(5)}, r"`candidate_ids`.*\(5,\).*Include the ids of the extra negatives"),
+        ({"candidate_sampling_probability": np.ones(5)}, r"`candidate_sampling_probability`.*\(5,\)"),
+        ({"score_mask": np.ones((8, 5), bool)}, r"`score_mask`.*\(8, 5\)"),
+        ({"candidate_mask": np.ones(5, bool)}, r"`candidate_mask`.*\(5,\)"),
+        ({"labels": np.ones(5)}, "5 queries and 8 candidates"),
+        ({"labels": np.ones((5, 1))}, r"`labels`.*\(5, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_arguments_that_do_not_fit_are_refused(arguments, words, symbolic):
+    arguments = {
+        "query_embeddings": np.zeros((BATCH, 4)),
+        "candidate_embeddings": np.zeros((NUM_CANDIDATES, 4)),
+        **arguments,
+    }
+    if symbolic:
+        arguments = {name: keras.KerasTensor(value.shape, str(value.dtype)) for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=words):
+        DistributedTwoTowerTask()(**arguments)
+
+
+def test_accidental_hits_need_ids(rng):
+    with pytest.raises(ValueError, match="candidate_ids=None"):
+        DistributedTwoTowerTask(remove_accidental_hits=True)(*embeddings(rng))
+
+
+@pytest.mark.parametrize(
+    ("constructor", "name"),
+    [
+        ({}, "candidate_ids"),
+        ({}, "candidate_sampling_probability"),
+        ({}, "score_mask"),
+        ({"num_hard_negatives": 2}, "num_hard_negatives"),
+        ({"remove_accidental_hits": True}, "remove_accidental_hits"),
+    ],
+)
+def test_labels_and_negatives_exclude_each_other(rng, constructor, name):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    arguments = {} if constructor else call_arguments(rng, (name,), num_candidates=BATCH)
+    with pytest.raises(ValueError, match=f"`labels` together with `{name}`"):
+        DistributedTwoTowerTask(**constructor)(queries, candidates, labels=np.ones(BATCH), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        (np.array(["a", "b", "c", "d", "e"]), TypeError),
+        (np.arange(5.0), TypeError),
+        (np.arange(5) + 2**31, ValueError),
+    ],
+)
+def test_ids_that_would_change_are_refused(rng, ids, error):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    with pytest.raises(error, match="candidate_ids"):
+        DistributedTwoTowerTask(remove_accidental_hits=True)(queries, candidates, candidate_ids=ids)
