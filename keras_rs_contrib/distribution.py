@@ -86,7 +86,7 @@ def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     if num_rows % num_shards:
         warnings.warn(
             "The rows of a table must divide over the mesh axis that splits them. Received: "
-            f"{num_rows} rows for {num_shards} devices on axis {mesh_axis!r}, so that each device holds them all. Round "
+            f"{num_rows} rows for {num_shards} devices on axis {mesh_axis!r}, so each device holds them all. Round "
             f"their number up to {-(-num_rows // num_shards) * num_shards} and name the added ones in `exclude_ids`.",
             stacklevel=2,
         )

@@ -160,7 +160,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         self.mesh_axis = mesh_axis
         self.supports_masking = True
         self._tied = _is_table(candidate_tower)
-        self._candidates = candidates
+        self._keep(candidates)
         self._refreshed_embeddings: keras.Variable | None = None
         if self._tied:
             self._check_k(candidate_tower.input_dim)
@@ -236,7 +236,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "inputs are not saved with the index. Pass them: `refresh(candidates)`."
             )
         self._assign_table(self._embed(candidates), None)
-        self._candidates = candidates
+        self._keep(candidates)
 
     def build(self, input_shape: Any) -> None:
         """Builds the candidate tower, where it is an embedding, and lays out its table."""
@@ -341,6 +341,10 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         if config["has_candidate_ids"]:
             self._add_candidate_ids(num_candidates)
         self.build((None, None))
+
+    def _keep(self, candidates: Any) -> None:
+        # Past Keras's tracking of attributes, which would turn dicts into ones that a functional tower refuses.
+        object.__setattr__(self, "_candidates", candidates)
 
     def _embed(self, candidates: Any) -> np.ndarray[Any, Any]:
         """Returns the tower's `[num_candidates, embedding_dim]` output for the candidates, computed in blocks."""
