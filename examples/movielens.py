@@ -148,12 +148,12 @@ def synthetic(seed: int = 0) -> Ratings:
     # Which ones: a draw without replacement (Gumbel top-k) by long-tailed popularity, more likely of one's own taste.
     popularity = -2.0 * np.log(100 + generator.permutation(NUM_MOVIES))
     match = user_tastes[1:, None] == movie_tastes[None, 1:]
-    preference = popularity + 1.5 * match + generator.gumbel(size=match.shape)
+    preference = popularity + 2.5 * match + generator.gumbel(size=match.shape)
     order = np.argsort(-preference, axis=1)
     users, ranks = np.nonzero(np.arange(NUM_MOVIES) < counts[:, None])
     movies = order[users, ranks]
 
-    stars = np.where(match[users, movies], 4.5, 3.0) + generator.normal(scale=0.8, size=NUM_RATINGS)
+    stars = np.where(match[users, movies], 4.6, 2.4) + generator.normal(scale=0.8, size=NUM_RATINGS)
     return Ratings(
         source="synthetic",
         user_ids=(users + 1).astype(np.int32),

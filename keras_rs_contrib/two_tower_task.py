@@ -88,9 +88,9 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss: see `call`."""
         # Ahead of the conversion to tensors, which wraps ids beyond int32 in silence and stumbles over strings.
-        arguments = inspect.signature(self.call).bind_partial(*args, **kwargs).arguments
-        if not _is_tensor(arguments.get("candidate_ids")):
-            check_candidate_ids(arguments["candidate_ids"])
+        candidate_ids = args[CANDIDATE_IDS_PLACE] if len(args) > CANDIDATE_IDS_PLACE else kwargs.get("candidate_ids")
+        if not _is_tensor(candidate_ids):
+            check_candidate_ids(candidate_ids)
         return super().__call__(*args, **kwargs)
 
     def call(
@@ -293,6 +293,9 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             config["loss"] = keras.losses.deserialize(config["loss"])
         return cls(**config)
 
+
+# Of the arguments of `call`.
+CANDIDATE_IDS_PLACE = list(inspect.signature(DistributedTwoTowerTask.call).parameters).index("candidate_ids") - 1
 
 _SHAPE_CURES = {
     "labels": "Give one number for each query.",

@@ -288,6 +288,14 @@ def functional_model(**constructor):
     return keras.Model([users, movies, weights], loss)
 
 
+def test_a_functional_model_trains_on_the_loss():
+    model = functional_model(remove_accidental_hits=True)
+    model.compile("adam", loss=lambda _, task_loss: task_loss)
+    inputs = [np.arange(8), np.arange(8)[::-1], np.ones(8, "float32")]
+    losses = model.fit(inputs, np.zeros(8), batch_size=4, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
 def test_a_functional_model_has_a_scalar_loss_and_survives_saving(tmp_path):
     model = functional_model(remove_accidental_hits=True, temperature=0.5)
     assert model.output_shape == ()

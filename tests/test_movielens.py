@@ -1,0 +1,107 @@
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+
+import movielens
+
+prepared = pytest.mark.skipif(
+    not list(pathlib.Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")).glob("movielens/100k-ratings/*")),
+    reason="MovieLens 100K is not prepared under TFDS_DATA_DIR",
+)
+
+
+def test_the_stand_in_has_movielens_shape():
+    ratings = movielens.synthetic(0)
+    assert (ratings.source, ratings.num_users, ratings.num_movies) == ("synthetic", 943, 1682)
+    assert ratings.user_ids.shape == ratings.movie_ids.shape == ratings.ratings.shape == (100_000,)
+    pairs = ratings.user_ids.astype("int64") * 10_000 + ratings.movie_ids
+    assert np.unique(pairs).size == 100_000
+    assert (ratings.user_ids.min(), ratings.movie_ids.min()) == (1, 1)
+    assert np.bincount(ratings.user_ids)[1:].min() >= 20
+    assert set(np.unique(ratings.ratings)) == {0.0, 0.25, 0.5, 0.75, 1.0}
+    popularity = np.sort(np.bincount(ratings.movie_ids, minlength=1683)[1:])[::-1]
+    assert popularity[:168].sum() > 0.35 * 100_000
+    assert popularity[841:].sum() < 0.25 * 100_000
+
+
+def test_the_stand_in_has_planted_tastes():
+    ratings = movielens.synthetic(0)
+    match = ratings.user_tastes[ratings.user_ids] == ratings.movie_tastes[ratings.movie_ids]
+    assert match.mean() > 0.4
+    assert ratings.ratings[match].mean() - ratings.ratings[~match].mean() > 0.25
+
+
+def test_the_stand_in_is_made_from_its_seed():
+    first, again, other = movielens.synthetic(3), movielens.synthetic(3), movielens.synthetic(4)
+    np.testing.assert_array_equal(first.movie_ids, again.movie_ids)
+    np.testing.assert_array_equal(first.ratings, again.ratings)
+    assert not np.array_equal(first.movie_ids, other.movie_ids)
+
+
+def test_the_split_is_a_partition_made_from_its_seed():
+    ratings = movielens.synthetic(0)
+    train, validation = movielens.split(ratings, 1)
+    assert (len(train.ratings), len(validation.ratings)) == (80_000, 20_000)
+    pairs = [r.user_ids.astype("int64") * 10_000 + r.movie_ids for r in (train, validation, ratings)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(pairs[:2])), np.sort(pairs[2]))
+    np.testing.assert_array_equal(movielens.split(ratings, 1)[0].movie_ids, train.movie_ids)
+    assert not np.array_equal(movielens.split(ratings, 2)[0].movie_ids, train.movie_ids)
+
+
+@pytest.mark.parametrize(
+    ("num_ratings", "batch_size", "num_devices"), [(100, 10, 2), (103, 10, 3), (7, 10, 4), (20, 3, 1)]
+)
+def test_batches_divide_and_keep_every_rating_in_order(num_ratings, batch_size, num_devices):
+    ratings = movielens.synthetic(0).select(np.arange(num_ratings))
+    arrays, padded_size = movielens.divisible_batches(ratings, batch_size, num_devices)
+    batches = [arrays["valid"][i : i + padded_size] for i in range(0, len(arrays["valid"]), padded_size)]
+    assert all(len(batch) % num_devices == 0 for batch in batches)
+    expected_sizes = [min(batch_size, num_ratings - start) for start in range(0, num_ratings, batch_size)]
+    assert [batch.sum() for batch in batches] == expected_sizes
+    np.testing.assert_array_equal(arrays["movie_id"][arrays["valid"]], ratings.movie_ids)
+    np.testing.assert_array_equal(arrays["rating"][arrays["valid"]], ratings.ratings)
+
+
+def test_without_data_and_network_auto_goes_on_and_movielens_stops(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(movielens, "MOVIELENS_HOST", "http://127.0.0.1:9/")
+    assert movielens.load("auto", str(tmp_path), seed=0).source == "synthetic"
+    assert "Going on with the synthetic stand-in" in capsys.readouterr().out
+    with pytest.raises(movielens.MovieLensUnavailableError, match=f"not prepared in {tmp_path}"):
+        movielens.load("movielens", str(tmp_path))
+
+
+def test_a_host_that_hangs_is_given_up(monkeypatch):
+    def hang(*_, **__):
+        time.sleep(1)
+        raise OSError
+
+    monkeypatch.setattr(movielens, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(movielens.urllib.request, "urlopen", hang)
+    assert movielens._host_answers() is False
+
+
+def test_the_latest_prepared_version_is_taken(tmp_path):
+    for version in ("0.1.9", "0.1.10", "0.2.0"):
+        (tmp_path / version).mkdir()
+    for version in ("0.1.9", "0.1.10"):
+        (tmp_path / version / "dataset_info.json").touch()
+    assert movielens._prepared_version(tmp_path).name == "0.1.10"
+    assert movielens._prepared_version(tmp_path / "nothing") is None
+
+
+@prepared
+@pytest.mark.movielens
+@pytest.mark.filterwarnings("default")
+def test_movielens_is_read_whole():
+    ratings = movielens.load("auto")
+    assert (ratings.source, ratings.num_users, ratings.num_movies) == ("movielens", 943, 1682)
+    assert len(ratings.ratings) == 100_000
+    np.testing.assert_allclose(ratings.ratings.mean() * 4 + 1, 3.52986, atol=1e-5)
+    assert ratings.titles[50] == "Star Wars (1977)"
+    assert np.bincount(ratings.movie_ids)[50] == 583

@@ -1,0 +1,134 @@
+"""The example as a user runs it: its own process, its flags, its files."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from test_movielens import prepared
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "movielens_dp.py"
+SYNTHETIC = ("--dataset=synthetic", "--embedding_dim=4")
+
+
+def run(*flags):
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "KERAS_BACKEND")}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_it_trains_recommends_saves_and_reports(tmp_path):
+    model, metrics_file = tmp_path / "model.keras", tmp_path / "metrics.json"
+    result = run(
+        *SYNTHETIC, "--epochs=2", "--num_devices=2", "--users=42,7", "--k=3", "--device_mesh",
+        f"--model_path={model}", f"--metrics_json={metrics_file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("SYNTHETIC") == 2
+    assert "Recommended to user 42 (taste" in result.stdout
+    assert "loaded again, it recommends the same" in result.stdout
+    assert model.exists()
+    metrics = json.loads(metrics_file.read_text())
+    assert metrics["dataset"] == "synthetic"
+    assert metrics["num_devices"] == 2
+    assert (metrics["flags"]["epochs"], metrics["flags"]["users"]) == (2, ["42", "7"])
+    assert {"keras", "keras-rs", "jax", "python"} <= set(metrics["versions"])
+    assert len(metrics["history"]["loss"]) == 2
+    assert metrics["validation_epochs"] == [2]
+    assert len(metrics["history"]["val_loss"]) == 1
+    assert set(metrics["seconds"]) == {"data", "training", "recommending", "saving and loading"}
+    assert [r["user"] for r in metrics["recommendations"]] == [42, 7]
+    for recommendation in metrics["recommendations"]:
+        assert len(recommendation["movie_ids"]) == 3
+        assert 0 not in recommendation["movie_ids"]
+        assert all(title in result.stdout for title in recommendation["titles"])
+
+
+@pytest.mark.slow
+def test_the_number_of_devices_changes_no_figure(tmp_path):
+    """Of batches that divide over 1 device, and not over 3."""
+    histories = []
+    for num_devices in (1, 3):
+        file = tmp_path / f"{num_devices}.json"
+        result = run(*SYNTHETIC, "--epochs=5", f"--num_devices={num_devices}", f"--metrics_json={file}")
+        assert result.returncode == 0, result.stderr
+        histories.append(json.loads(file.read_text())["history"])
+    for name in ("loss", "val_loss"):
+        assert histories[1][name] == pytest.approx(histories[0][name], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_trained_long_enough_it_recommends_films_of_ones_taste(tmp_path):
+    file = tmp_path / "metrics.json"
+    users = ",".join(str(user) for user in range(1, 101))
+    result = run(
+        "--dataset=synthetic", "--epochs=20", "--learning_rate=1", "--num_devices=1", f"--users={users}",
+        f"--metrics_json={file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    own = result.stdout.split("Recommended to user")[1:]
+    right = 0
+    for block in own:
+        taste = block.split("(taste ")[1][0]
+        right += sum(f"(taste {taste})" in line for line in block.splitlines()[1:])
+    assert right > 0.8 * 10 * len(own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--users=944",), "no user '944'. Users are numbered 1 to 943."),
+        (("--users=0",), "no user '0'"),
+        (("--users=me",), "no user 'me'"),
+        (("--users=",), "no user is named"),
+        (("--k=1683",), "there are 1682 films"),
+        (("--model_path=model.h5",), "must end in .keras"),
+        (("--model_path=/nowhere/model.keras",), "no file can be written there"),
+        (("--metrics_json=/nowhere/metrics.json",), "no file can be written there"),
+        (("epochs=3",), "Unknown argument 'epochs=3'"),
+        (("--epochs=0",), "--epochs=0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_training(flags, words):
+    result = run(*SYNTHETIC, *flags)
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Epoch" not in result.stdout
+
+
+@pytest.mark.slow
+def test_movielens_that_is_not_to_be_had_is_an_error(tmp_path):
+    script = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import movielens;"
+        "movielens.MOVIELENS_HOST = 'http://127.0.0.1:9/'; sys.argv[0] = 'movielens_dp.py';"
+        "import movielens_dp; movielens_dp.app.run(movielens_dp.main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "--dataset=movielens", f"--data_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert f"not prepared in {tmp_path}" in result.stderr
+    assert "--dataset=auto goes on without it" in result.stderr
+
+
+@prepared
+@pytest.mark.movielens
+@pytest.mark.slow
+def test_movielens_trains_as_the_tutorial_does(tmp_path):
+    """The tutorial's first losses: those of scores near 0, for the mean of the squared ratings is 0.478."""
+    file = tmp_path / "metrics.json"
+    result = run("--epochs=5", "--num_devices=2", f"--metrics_json={file}")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(file.read_text())
+    assert metrics["dataset"] == "movielens"
+    assert metrics["history"]["loss"][0] == pytest.approx(0.478, abs=0.002)
+    assert metrics["history"]["loss"] == sorted(metrics["history"]["loss"], reverse=True)

@@ -1,0 +1,70 @@
+"""What a user meets first: the README, the docstrings' examples, another backend."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import keras
+import keras_rs
+import numpy as np
+import pytest
+
+import keras_rs_contrib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", textwrap.dedent(text), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_as_printed(tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Quick start")[1]
+    script = tmp_path / "quick_start.py"
+    script.write_text(python_blocks(section)[0] + "print(scores.shape, movie_ids.shape)\n")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("(2, 3) (2, 3)\n")
+
+
+@pytest.mark.parametrize("name", ["DistributedTwoTowerTask", "shard_candidates"])
+def test_the_examples_of_the_docstrings_run(name):
+    (example,) = python_blocks(getattr(keras_rs_contrib, name).__doc__.split("Example:")[1])
+    exec(example, {"keras": keras, "keras_rs": keras_rs, "np": np, **vars(keras_rs_contrib)})
+
+
+def test_every_public_name_is_documented_and_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("DistributedTwoTowerTask", "shard_candidates"):
+        assert name in readme
+    for name in keras_rs_contrib.__all__:
+        assert getattr(keras_rs_contrib, name).__doc__
+
+
+@pytest.mark.slow
+def test_another_backend_does_what_needs_no_devices():
+    script = """
+        import keras, keras_rs, numpy as np
+        from keras_rs_contrib import DistributedTwoTowerTask, shard_candidates
+        assert keras.backend.backend() == "tensorflow"
+        queries = np.eye(3, 4, dtype="float32")
+        loss = DistributedTwoTowerTask(num_hard_negatives=2, remove_accidental_hits=True)(
+            queries, queries, candidate_ids=np.array([1, 2, 1]), candidate_mask=np.array([True, True, False])
+        )
+        table = keras.layers.Embedding(3, 4, weights=queries)
+        index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), table, exclude_ids=[0])
+        print(float(loss), index(queries)[1].numpy().tolist())
+    """
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    loss, ids = result.stdout.split(" ", 1)
+    # The third row is padding: each of the other two has one negative of score 0 and a positive of score 1.
+    np.testing.assert_allclose(float(loss), np.log1p(np.exp(-1.0)), rtol=1e-5)
+    assert ids.strip() == "[[1, 2], [1, 2], [2, 1]]"
