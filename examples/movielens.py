@@ -6,6 +6,7 @@ MovieLens: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and 
 import dataclasses
 import os
 import pathlib
+import re
 import threading
 import urllib.request
 
@@ -13,6 +14,7 @@ import numpy as np
 
 MOVIELENS_HOST = "https://files.grouplens.org/"
 PROBE_SECONDS = 5.0
+DATASETS = ("100k-ratings", "100k-movies")
 
 NUM_USERS, NUM_MOVIES, NUM_RATINGS = 943, 1682, 100_000
 NUM_TASTES = 8
@@ -86,25 +88,31 @@ def load(dataset: str, data_dir: str | None = None, seed: int = 0) -> Ratings:
 def movielens(data_dir: str | None = None) -> Ratings:
     """Returns MovieLens 100K from `data_dir`, downloaded and prepared there first if it is not."""
     place = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    prepared = [_prepared_version(place / "movielens" / name) for name in ("100k-ratings", "100k-movies")]
+    prepared = [_prepared_version(place / "movielens" / name) for name in DATASETS]
     if None in prepared and not _host_answers():
         raise MovieLensUnavailableError(
             f"MovieLens 100K is not prepared in {place}, and {MOVIELENS_HOST} does not answer. "
             "Prepare it there with TensorFlow Datasets, or name its place by --data_dir."
         )
 
-    import_tensorflow_quietly()
+    if None in prepared:
+        print(f"Downloading MovieLens 100K to {place}.", flush=True)
+    # Whatever goes wrong in there, a dropped connection or a damaged file: there is no MovieLens then.
+    try:
+        return _read(place, prepared)
+    except Exception as error:
+        raise MovieLensUnavailableError(f"MovieLens 100K could not be read from {place}: {error}") from error
+
+
+def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
+    """Returns MovieLens 100K from the prepared directories of its ratings and movies, made in `place` if `None`."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
     if None in prepared:
-        print(f"Downloading MovieLens 100K to {place}.", flush=True)
-        try:
-            builders = [tfds.builder(f"movielens/{name}", data_dir=place) for name in ("100k-ratings", "100k-movies")]
-            for builder in builders:
-                builder.download_and_prepare()
-        except Exception as error:
-            raise MovieLensUnavailableError(f"MovieLens 100K could not be downloaded to {place}: {error}") from error
+        builders = [tfds.builder(f"movielens/{name}", data_dir=place) for name in DATASETS]
+        for builder in builders:
+            builder.download_and_prepare()
     else:
         builders = [tfds.builder_from_directory(directory) for directory in prepared]
 
@@ -210,6 +218,9 @@ def import_tensorflow_quietly() -> None:
         os.dup2(nowhere.fileno(), 2)
     try:
         import tensorflow  # noqa: F401
+    except ImportError:
+        # Only MovieLens needs it; Keras imports it where it is there.
+        pass
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -218,6 +229,7 @@ def import_tensorflow_quietly() -> None:
 def _prepared_version(directory: pathlib.Path) -> pathlib.Path | None:
     """Returns the latest prepared version in a dataset's directory, without asking TFDS, which asks the network."""
     versions = [path.parent for path in directory.glob("*/dataset_info.json")]
+    versions = [path for path in versions if re.fullmatch(r"\d+(\.\d+)*", path.name)]
     return max(versions, key=lambda path: [int(part) for part in path.name.split(".")], default=None)
 
 

@@ -29,21 +29,36 @@ from absl import app, flags, logging
 
 from keras_rs_contrib import DistributedTwoTowerTask, shard_candidates
 
+VALIDATE_EVERY = 5
+NUM_DEFAULT_USERS = 3
+# More virtual devices than this take a machine down rather than show anything.
+MAX_DEVICES = 256
+
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("epochs", 50, "Passes over the training ratings.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 1000, "Ratings a training step, over all devices.", lower_bound=1)
 flags.DEFINE_integer("embedding_dim", 32, "Dimension of the user and movie embeddings.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.2, "Learning rate of Adagrad.", lower_bound=0.0)
+flags.DEFINE_float("learning_rate", 0.2, "Learning rate of Adagrad.")
+flags.register_validator(
+    "learning_rate", lambda rate: rate > 0 and math.isfinite(rate), message="must be positive and finite"
+)
 flags.DEFINE_integer(
     "num_devices",
     None,
     "Devices to train on. By default all accelerators; without one, one virtual CPU device a core.",
     lower_bound=1,
+    upper_bound=MAX_DEVICES,
 )
 flags.DEFINE_bool(
     "device_mesh", False, "Make `DataParallel` from a 1-D `DeviceMesh` instead of the list of devices: the same thing."
 )
-flags.DEFINE_integer("seed", 42, "Seed of the split, the initial embeddings and the stand-in data.", lower_bound=0)
+flags.DEFINE_integer(
+    "seed",
+    42,
+    "Seed of the split, the initial embeddings and the stand-in data.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
 flags.DEFINE_integer("k", 10, "Films to recommend to each user.", lower_bound=1)
 flags.DEFINE_list("users", None, "Users to recommend to, such as 42,7. By default three drawn by the seed.")
 flags.DEFINE_enum(
@@ -56,9 +71,6 @@ flags.DEFINE_enum(
 flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its data. By default its own place.")
 flags.DEFINE_string("model_path", None, "A .keras file to save the model to, and to load it from again for a check.")
 flags.DEFINE_string("metrics_json", None, "A file for flags, versions, history, seconds and recommendations, as JSON.")
-
-VALIDATE_EVERY = 5
-NUM_DEFAULT_USERS = 3
 
 
 @keras.saving.register_keras_serializable(package="movielens_dp")
@@ -104,10 +116,23 @@ class RetrievalModel(keras.Model):
         return {**super().get_config(), **self.arguments}
 
 
+class StopWhereDiverged(keras.callbacks.Callback):
+    """Ends training after an epoch whose loss is no number."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Stops the model where the loss of the epoch is not finite."""
+        if not math.isfinite(logs["loss"]):
+            self.model.stop_training = True
+
+
 def choose_devices() -> list[jax.Device]:
     """Returns the devices of --num_devices: accelerators, or on a machine without one as many virtual CPU devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", FLAGS.num_devices or cores)
+    num_cpu_devices = FLAGS.num_devices or cores
+    jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    # The threads of XLA's pool, by default one a core. Each virtual device that waits in an all-reduce for the others
+    # holds one, a few at a time: too small a pool leaves none for those that are waited for, and XLA aborts.
+    os.environ.setdefault("NPROC", str(8 * num_cpu_devices))
     devices = jax.devices()
     if FLAGS.num_devices and FLAGS.num_devices > len(devices):
         sys.exit(f"--num_devices={FLAGS.num_devices}: this machine has {len(devices)} ({devices[0].device_kind}).")
@@ -119,12 +144,18 @@ def check_files() -> None:
     if FLAGS.model_path and not FLAGS.model_path.endswith(".keras"):
         sys.exit(f"--model_path={FLAGS.model_path}: the name of the file must end in .keras.")
     for flag in ("model_path", "metrics_json"):
-        path = FLAGS[flag].value
-        if path is None:
+        if FLAGS[flag].value is None:
             continue
+        path = FLAGS[flag].value = os.path.expanduser(FLAGS[flag].value)
         directory = pathlib.Path(path).absolute().parent
         if pathlib.Path(path).is_dir() or not os.access(directory, os.W_OK):
             sys.exit(f"--{flag}={path}: no file can be written there. Name one in an existing, writable folder.")
+    if (
+        FLAGS.model_path
+        and FLAGS.metrics_json
+        and os.path.realpath(FLAGS.model_path) == os.path.realpath(FLAGS.metrics_json)
+    ):
+        sys.exit(f"--model_path and --metrics_json: both are {FLAGS.model_path}. Name two files.")
 
 
 def choose_users(num_users: int) -> np.ndarray:
@@ -159,6 +190,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     devices = choose_devices()
     print("Reading the ratings.", flush=True)
+    movielens.import_tensorflow_quietly()
     try:
         ratings = movielens.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed)
     except movielens.MovieLensUnavailableError as error:
@@ -194,12 +226,17 @@ def main(argv: list[str]) -> None:
         epochs=FLAGS.epochs,
         validation_data=(validation_arrays.pop("user_id"), validation_arrays),
         validation_freq=validation_epochs,
+        callbacks=[StopWhereDiverged()],
         shuffle=False,
         verbose=1 if sys.stdout.isatty() else 2,
     ).history
     seconds["training"] = time.perf_counter() - start
     if not math.isfinite(history["loss"][-1]):
-        sys.exit(f"The training loss became {history['loss'][-1]}. Try a smaller --learning_rate.")
+        sys.exit(
+            f"The training loss became {history['loss'][-1]} in epoch {len(history['loss'])}. "
+            "Try a smaller --learning_rate."
+        )
+    baseline = float(np.mean((validation.ratings - train.ratings.mean()) ** 2))
 
     start = time.perf_counter()
     recommended = recommend(model, users, len(devices))
@@ -212,6 +249,8 @@ def main(argv: list[str]) -> None:
             sys.exit(f"The model loaded from {FLAGS.model_path} recommends other films than the one saved there.")
         seconds["saving and loading"] = time.perf_counter() - start
 
+    print()
+    print_source(ratings)
     for user, movie_ids in zip(users, recommended, strict=True):
         taste = "" if ratings.user_tastes is None else f" (taste {ratings.user_tastes[user]})"
         print(f"\nRecommended to user {user}{taste}:")
@@ -219,7 +258,8 @@ def main(argv: list[str]) -> None:
             print(f"{place:4d}. {ratings.titles[movie_id]}")
     print(
         f"\nFinal mean squared error of the ratings, scaled to 0..1: {history['loss'][-1]:.4f} in training, "
-        f"{history['val_loss'][-1]:.4f} in validation."
+        f"{history['val_loss'][-1]:.4f} in validation.\nFor comparison, the mean rating predicted for every pair has "
+        f"{baseline:.4f} in validation."
     )
     print("Seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()) + ".")
     if FLAGS.model_path:
@@ -239,13 +279,16 @@ def main(argv: list[str]) -> None:
             "device_kind": devices[0].device_kind,
             "dataset": ratings.source,
             "history": history,
+            "mean_rating_val_loss": baseline,
             "validation_epochs": validation_epochs,
             "seconds": seconds,
             "recommendations": recommendations,
         }
-        pathlib.Path(FLAGS.metrics_json).write_text(json.dumps(metrics, indent=2) + "\n")
+        try:
+            pathlib.Path(FLAGS.metrics_json).write_text(json.dumps(metrics, indent=2) + "\n")
+        except OSError as error:
+            sys.exit(f"--metrics_json={FLAGS.metrics_json}: {error.strerror}. All else is done.")
         print(f"Metrics written to {FLAGS.metrics_json}.")
-    print_source(ratings)
 
 
 def print_source(ratings: movielens.Ratings) -> None:
@@ -262,4 +305,10 @@ def print_source(ratings: movielens.Ratings) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    try:
+        app.run(main)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+    except BrokenPipeError:
+        # Whoever read the output has gone; the interpreter is not to complain while it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

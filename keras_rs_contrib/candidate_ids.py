@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,17 @@ def check_candidate_ids(candidate_ids: Any, name: str = "candidate_ids") -> np.n
         TypeError: if they are no integers.
         ValueError: if one lies outside int32.
     """
-    ids = ops.convert_to_numpy(candidate_ids) if ops.is_tensor(candidate_ids) else np.asarray(candidate_ids)
+    try:
+        ids = ops.convert_to_numpy(candidate_ids) if ops.is_tensor(candidate_ids) else np.asarray(candidate_ids)
+    except ValueError as error:
+        raise TypeError(f"`{name}` must be an array of integers. Received: {error} Pass rows of one length.") from error
     if ids.size == 0:
         return ids.astype(np.int32)
-    if not np.issubdtype(ids.dtype, np.integer):
+    # Python integers in an array of objects are as good, and may be larger than any dtype holds.
+    integers = ids.dtype == object and all(
+        isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids.flat
+    )
+    if not integers and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(
             f"`{name}` must be integers. Received: dtype {ids.dtype}, such as {ids.flat[0]!r}. "
             "Number the candidates and keep the table of their names, or use `keras.layers.StringLookup`."
@@ -46,24 +54,24 @@ def check_candidate_ids(candidate_ids: Any, name: str = "candidate_ids") -> np.n
 
 
 def check_corpus_ids(
-    candidate_ids: Any, num_candidates: int, exclude_ids: Any = ()
-) -> np.ndarray[Any, np.dtype[np.int32]]:
+    candidate_ids: Any, num_candidates: int, exclude_ids: list[int]
+) -> np.ndarray[Any, np.dtype[np.int32]] | None:
     """Returns the ids of a corpus as int32, one for each candidate, each once.
 
     Args:
-        candidate_ids: `[num_candidates]` integers.
+        candidate_ids: `[num_candidates]` integers, or `None`, where row numbers are the ids.
         num_candidates: rows in the candidate table.
-        exclude_ids: ids that are to be left out; they must be of the corpus.
+        exclude_ids: ids that are to be left out.
 
     Returns:
-        `[num_candidates]` int32.
+        `[num_candidates]` int32, or `None`.
 
     Raises:
         TypeError: if they are no integers.
         ValueError: if their number is wrong, one lies outside int32, occurs twice, or is -1, which means "none", or
             one to be left out is not there.
     """
-    ids = check_candidate_ids(candidate_ids)
+    ids = np.arange(num_candidates, dtype=np.int32) if candidate_ids is None else check_candidate_ids(candidate_ids)
     if ids.shape != (num_candidates,):
         raise ValueError(
             "`candidate_ids` needs one id for each candidate. Received: "
@@ -80,10 +88,30 @@ def check_corpus_ids(
             f"`candidate_ids` must not hold {NO_CANDIDATE}, which stands for no candidate. "
             f"Received: {NO_CANDIDATE} for one of {num_candidates} candidates. Give that candidate another id."
         )
-    unknown = np.setdiff1d(check_candidate_ids(exclude_ids, name="exclude_ids"), unique)
+    unknown = np.setdiff1d(exclude_ids, unique)
     if unknown.size:
         raise ValueError(
             "`exclude_ids` must be ids of candidates. Received: "
             f"{int(unknown[0])} for {num_candidates} candidates with ids {int(ids.min())} to {int(ids.max())}. Drop it."
         )
-    return ids
+    return None if candidate_ids is None else ids
+
+
+def check_exclude_ids(exclude_ids: Any) -> list[int]:
+    """Returns ids to be left out, sorted, each once.
+
+    Args:
+        exclude_ids: a flat collection of integers, such as a list, a set or an array.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if one lies outside int32.
+    """
+    if isinstance(exclude_ids, (set, frozenset, range)):
+        exclude_ids = list(exclude_ids)
+    ids = check_candidate_ids(exclude_ids, name="exclude_ids")
+    if ids.ndim != 1:
+        raise TypeError(
+            f"`exclude_ids` must be flat, such as [0]. Received: an array of shape {ids.shape}. Flatten it."
+        )
+    return [int(i) for i in np.unique(ids)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import distribution, losses, top_k
-from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_candidate_ids, check_corpus_ids
+from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_corpus_ids, check_exclude_ids
 
 # Candidates that go through a feature tower at once: enough to keep it busy, little beside the tower's own memory.
 REFRESH_BLOCK_SIZE = 4096
@@ -94,15 +95,10 @@ def shard_candidates(
             "for instance `candidates=np.arange(num_candidates)` where the tower takes row numbers."
         )
     distribution.check_mesh_axis(mesh_axis)
-    num_candidates = candidate_tower.input_dim if candidates is None else _num_rows(candidates)
-    exclude_ids = list(exclude_ids)
-    ids = check_corpus_ids(
-        np.arange(num_candidates) if candidate_ids is None else candidate_ids, num_candidates, exclude_ids
-    )
     return ShardedBruteForceRetrieval(
         candidate_tower,
         candidates=candidates,
-        candidate_ids=None if candidate_ids is None else ids,
+        candidate_ids=candidate_ids,
         exclude_ids=exclude_ids,
         similarity=similarity,
         mesh_axis=mesh_axis,
@@ -121,6 +117,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
     holds is scored by each for its own part of the batch, without traffic; of a table whose rows are split, the devices
     exchange their best k rows a query.
 
+    The tower is a layer of the index: what is set for the index, such as `trainable`, is set for the tower too.
     Within one `.keras` file the tower is saved once, and what is loaded shares it again with the model.
     `keras.models.clone_model` copies layer by layer, and so gives the index a tower of its own: use `copy.deepcopy`.
 
@@ -148,18 +145,22 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         return_scores: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"`k` must be a positive int. Received: k={k!r}. Ask for at least one candidate.")
+        k = _positive_int(k)
         losses.check_similarity(similarity)
+        tied = _is_table(candidate_tower)
+        excluded = check_exclude_ids(exclude_ids)
+        if tied or candidates is not None:
+            num_candidates = candidate_tower.input_dim if tied else _num_rows(candidates)
+            candidate_ids = check_corpus_ids(candidate_ids, num_candidates, excluded)
         # A mixed precision policy in force would copy the table at each call, rounded.
         kwargs.setdefault("dtype", "float32")
         super().__init__(k=k, return_scores=return_scores, autocast=False, **kwargs)
         self.candidate_tower = candidate_tower
-        self.exclude_ids = sorted({int(i) for i in check_candidate_ids(list(exclude_ids), name="exclude_ids")})
+        self.exclude_ids = excluded
         self.similarity = similarity
         self.mesh_axis = mesh_axis
         self.supports_masking = True
-        self._tied = _is_table(candidate_tower)
+        self._tied = tied
         self._keep(candidates)
         self._refreshed_embeddings: keras.Variable | None = None
         if self._tied:
@@ -241,7 +242,11 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
     def build(self, input_shape: Any) -> None:
         """Builds the candidate tower, where it is an embedding, and lays out its table."""
         if self._tied and not self.candidate_tower.built:
-            self.candidate_tower.build((None,))
+            # In the scope around the index: a layout map, and a file loaded, know the table by the path that it would
+            # have without the index.
+            grandparent, _, parent = self.path.rpartition("/")[0].rpartition("/")
+            with keras.name_scope(parent, override_parent=grandparent):
+                self.candidate_tower.build((None,))
         if self.candidate_embeddings is None:
             raise ValueError(
                 "The index has no candidates yet. Received: a call before `refresh`. "
@@ -318,7 +323,11 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         """Returns the index that `get_config` describes; `build_from_config` makes its weights."""
         config = dict(config)
         tower = keras.saving.deserialize_keras_object(config.pop("candidate_tower"))
-        return cls(tower, **config)
+        # Set apart: the ids of which they are come only with the weights.
+        exclude_ids = config.pop("exclude_ids")
+        index = cls(tower, **config)
+        index.exclude_ids = exclude_ids
+        return index
 
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns which weights the index has."""
@@ -359,16 +368,16 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                     "The candidate tower must map candidates to `[num_candidates, embedding_dim]`. Received: "
                     f"shape {embeddings.shape} for {stop - start} candidates. Flatten its output to one row each."
                 )
-            finite = np.isfinite(embeddings).all(axis=1)
-            if not finite.all():
-                raise ValueError(
-                    "The candidate tower must give finite embeddings. Received: NaN or infinity for "
-                    f"candidate {start + int(np.argmin(finite))}. Check its inputs (an id outside a table gives NaN)."
-                )
             blocks.append(embeddings)
         return np.concatenate(blocks)
 
     def _assign_table(self, embeddings: Any, candidate_ids: Any) -> None:
+        finite = np.isfinite(ops.convert_to_numpy(embeddings)).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                "The embeddings of candidates must be finite. Received: NaN or infinity for candidate "
+                f"{int(np.argmin(finite))}. Check the inputs of the tower: an id outside a table gives NaN."
+            )
         table = self._refreshed_embeddings
         if table is None:
             self._check_k(embeddings.shape[0])
@@ -406,8 +415,10 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         self._split_rows()
 
     def _split_rows(self) -> None:
-        if self.mesh_axis is not None:
-            distribution.split_rows(self.candidate_embeddings, self.mesh_axis)
+        table = self.candidate_embeddings
+        # With LoRA enabled, the table is a sum that the tower computes: there is no variable to lay out.
+        if self.mesh_axis is not None and isinstance(table, keras.Variable):
+            distribution.split_rows(table, self.mesh_axis)
 
     def _excluded_rows(self, num_candidates: int) -> Any:
         if not self.exclude_ids:
@@ -434,9 +445,21 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             )
 
 
+def _positive_int(k: Any) -> int:
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"`k` must be a positive int. Received: k={k!r}. Ask for at least one candidate.")
+    return int(k)
+
+
 def _num_rows(candidates: Any) -> int:
     """Returns how many rows each of the arrays has."""
-    lengths = sorted({len(array) for array in keras.tree.flatten(candidates)})
+    arrays = keras.tree.flatten(candidates)
+    if not all(hasattr(array, "shape") and len(array.shape) > 0 for array in arrays):
+        raise TypeError(
+            "`candidates` must be an array or a nested structure of arrays, with one row for each candidate. Received: "
+            f"{type(candidates).__name__}. Convert lists and datasets to arrays first."
+        )
+    lengths = sorted({int(array.shape[0]) for array in arrays})
     if len(lengths) != 1 or lengths[0] == 0:
         raise ValueError(
             "`candidates` must be arrays with one row for each candidate, and at least one. Received: "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import keras
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import ops
@@ -35,6 +37,14 @@ def scores(query_embeddings: Any, table: Any, similarity: str) -> Any:
     return ops.where(ops.equal(result, 0.0), 0.0, result)
 
 
+def _compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Returns the function compiled, on JAX: called eagerly, each of its steps would write the scores anew."""
+    if keras.backend.backend() != "jax":
+        return function
+    return jax.jit(function, static_argnames=("k", "similarity"))
+
+
+@_compiled
 def top_k(query_embeddings: Any, table: Any, k: int, similarity: str = "dot", excluded: Any = None) -> tuple[Any, Any]:
     """Returns the k rows of the table that score highest for each query, best first.
 

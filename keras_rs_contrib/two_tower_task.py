@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rs_contrib import losses, negatives
@@ -75,12 +75,12 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         self.similarity = losses.check_similarity(similarity)
         self.temperature = _check_temperature(temperature)
         self.num_hard_negatives = _check_num_hard_negatives(num_hard_negatives)
-        if not isinstance(remove_accidental_hits, bool):
+        if not isinstance(remove_accidental_hits, (bool, np.bool_)):
             raise TypeError(
                 "`remove_accidental_hits` must be a bool. Received: "
-                f"remove_accidental_hits={remove_accidental_hits!r}. Pass the ids as `candidate_ids` of the call."
+                f"remove_accidental_hits={remove_accidental_hits!r}. Pass True or False."
             )
-        self.remove_accidental_hits = remove_accidental_hits
+        self.remove_accidental_hits = bool(remove_accidental_hits)
         # Masks of the towers (`Embedding(mask_zero=True)`) end here, without a warning.
         self.supports_masking = True
         self.built = True
@@ -134,9 +134,9 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             "score_mask": score_mask,
             "candidate_mask": candidate_mask,
         }
-        query_embeddings = ops.convert_to_tensor(query_embeddings)
-        candidate_embeddings = ops.convert_to_tensor(candidate_embeddings)
-        given = {name: None if value is None else ops.convert_to_tensor(value) for name, value in given.items()}
+        query_embeddings = _to_tensor("query_embeddings", query_embeddings)
+        candidate_embeddings = _to_tensor("candidate_embeddings", candidate_embeddings)
+        given = {name: None if value is None else _to_tensor(name, value) for name, value in given.items()}
         self._check_shapes(query_embeddings, candidate_embeddings, given)
 
         sample_weight = given["sample_weight"]
@@ -312,9 +312,9 @@ def _check_temperature(temperature: float | None) -> float | None:
         return None
     if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
         raise TypeError(f"`temperature` must be a number. Received: temperature={temperature!r}. Use None for none.")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not np.finfo(np.float32).tiny <= temperature <= np.finfo(np.float32).max:
         raise ValueError(
-            "`temperature` divides the scores and must be positive and finite. "
+            "`temperature` divides the scores and must be positive and finite, as a float32. "
             f"Received: temperature={temperature!r}. Use None to leave the scores as they are."
         )
     return float(temperature)
@@ -343,6 +343,15 @@ def _differ(first: int | None, second: int | None) -> bool:
 
 def _is_tensor(value: Any) -> bool:
     return value is None or keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor)
+
+
+def _to_tensor(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        raise TypeError(
+            f"`{name}` must be one array. Received: a dict with the keys {list(value)}. Pass one of its values; where "
+            "`fit` is given a dict of targets, Keras makes `sample_weight` a dict of the same keys."
+        )
+    return ops.convert_to_tensor(value)
 
 
 def _zero_where_false(rows: Any, values: Any) -> Any:

@@ -5,6 +5,8 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Threads of XLA's pool: with one a core, 8 devices that wait for one another in collectives can starve.
+os.environ.setdefault("NPROC", "64")
 
 import jax
 import keras

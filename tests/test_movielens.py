@@ -76,6 +76,17 @@ def test_without_data_and_network_auto_goes_on_and_movielens_stops(monkeypatch, 
         movielens.load("movielens", str(tmp_path))
 
 
+@pytest.mark.filterwarnings("default")
+def test_damaged_files_are_named(tmp_path):
+    for name in movielens.DATASETS:
+        directory = tmp_path / "movielens" / name / "0.1.1"
+        directory.mkdir(parents=True)
+        (directory / "dataset_info.json").write_text("{}")
+    with pytest.raises(movielens.MovieLensUnavailableError, match=f"could not be read from {tmp_path}"):
+        movielens.load("movielens", str(tmp_path))
+    assert movielens.load("auto", str(tmp_path)).source == "synthetic"
+
+
 def test_a_host_that_hangs_is_given_up(monkeypatch):
     def hang(*_, **__):
         time.sleep(1)
@@ -87,9 +98,9 @@ def test_a_host_that_hangs_is_given_up(monkeypatch):
 
 
 def test_the_latest_prepared_version_is_taken(tmp_path):
-    for version in ("0.1.9", "0.1.10", "0.2.0"):
+    for version in ("0.1.9", "0.1.10", "0.2.0", "0.3.0.incomplete"):
         (tmp_path / version).mkdir()
-    for version in ("0.1.9", "0.1.10"):
+    for version in ("0.1.9", "0.1.10", "0.3.0.incomplete"):
         (tmp_path / version / "dataset_info.json").touch()
     assert movielens._prepared_version(tmp_path).name == "0.1.10"
     assert movielens._prepared_version(tmp_path / "nothing") is None

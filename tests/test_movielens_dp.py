@@ -29,7 +29,9 @@ def test_it_trains_recommends_saves_and_reports(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("SYNTHETIC") == 2
+    assert result.stderr == ""
     assert "Recommended to user 42 (taste" in result.stdout
+    assert "the mean rating predicted for every pair has 0.1" in result.stdout
     assert "loaded again, it recommends the same" in result.stdout
     assert model.exists()
     metrics = json.loads(metrics_file.read_text())
@@ -90,6 +92,11 @@ def test_trained_long_enough_it_recommends_films_of_ones_taste(tmp_path):
         (("--model_path=model.h5",), "must end in .keras"),
         (("--model_path=/nowhere/model.keras",), "no file can be written there"),
         (("--metrics_json=/nowhere/metrics.json",), "no file can be written there"),
+        (("--model_path=same.keras", "--metrics_json=same.keras"), "Name two files"),
+        (("--seed=99999999999",), "--seed=99999999999"),
+        (("--num_devices=100000",), "--num_devices=100000"),
+        (("--learning_rate=nan",), "must be positive and finite"),
+        (("--learning_rate=0",), "must be positive and finite"),
         (("epochs=3",), "Unknown argument 'epochs=3'"),
         (("--epochs=0",), "--epochs=0"),
     ],
@@ -100,6 +107,22 @@ def test_what_cannot_be_done_is_refused_before_training(flags, words):
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert "Epoch" not in result.stdout
+
+
+@pytest.mark.slow
+def test_training_that_diverges_ends_after_the_epoch(tmp_path):
+    file = tmp_path / "metrics.json"
+    result = run(*SYNTHETIC, "--epochs=9", "--learning_rate=1e30", f"--metrics_json={file}")
+    assert result.returncode == 1
+    assert "in epoch 1. Try a smaller --learning_rate" in result.stderr
+    assert not file.exists()
+
+
+@pytest.mark.slow
+def test_small_batches_on_more_devices_than_cores_go_through():
+    """800 steps, in each of which 8 devices wait for one another on the threads of a few cores."""
+    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=100")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow

@@ -180,6 +180,17 @@ def test_a_tied_index_is_not_overwritten():
     assert len(index.weights) == 1
 
 
+@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+def test_the_adaptation_of_a_table_is_searched_with_it(rng, mesh_axis):
+    keras.distribution.set_distribution(data_parallel(8))
+    tower = keras.layers.Embedding(40, 4, lora_rank=2)
+    index = shard_candidates(brute_force(), tower, mesh_axis=mesh_axis)
+    queries = rng.normal(size=(8, 4)).astype("float32")
+    index(queries)
+    tower.lora_embeddings_b.assign(rng.normal(size=(2, 4)))
+    np.testing.assert_array_equal(index(queries), reference.top_k(queries, np.asarray(tower.embeddings), 5)[1])
+
+
 # Distributions.
 
 
@@ -219,6 +230,30 @@ def test_mesh_axis_splits_the_table_and_its_optimizer_slots(built_before):
     optimizer.build([tower.embeddings])
     for variable in (tower.embeddings, optimizer.variables[-1]):
         assert variable.value.addressable_shards[0].data.shape == (5, 4)
+
+
+@pytest.mark.parametrize("pattern", ["model/movie_table/embeddings", ".*movie_table/embeddings"])
+def test_a_layout_map_knows_the_table_by_the_path_it_has_without_the_index(pattern):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__(name="model")
+            self.movies = keras.layers.Embedding(40, 4, name="movie_table")
+            self.index = shard_candidates(brute_force(), self.movies)
+
+        def call(self, queries):
+            return self.index(queries)
+
+    keras.distribution.set_distribution(model_parallel(pattern=pattern))
+    model = Model()
+    model(np.ones((8, 4), "float32"))
+    assert model.movies.embeddings.path == "model/movie_table/embeddings"
+    assert model.movies.embeddings.value.sharding.spec[0] == "model"
+
+
+def test_an_index_on_its_own_leaves_the_path_of_its_tower():
+    tower = keras.layers.Embedding(40, 4, name="movie_table")
+    shard_candidates(brute_force(), tower)(np.ones((8, 4), "float32"))
+    assert tower.embeddings.path == "movie_table/embeddings"
 
 
 def test_values_survive_the_change_of_layout(rng):
@@ -516,6 +551,16 @@ def test_an_index_over_a_feature_tower_may_be_updated(rng):
     np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
     with pytest.raises(ValueError, match="keeps its number of candidates"):
         index.update_candidates(table[:20])
+    with pytest.raises(ValueError, match="NaN or infinity for candidate 39"):
+        index.update_candidates(np.r_[table[:39], [[np.nan] * DIMENSION]])
+    np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
+
+
+def test_the_constructor_checks_ids_too():
+    with pytest.raises(ValueError, match="must differ from one another"):
+        ShardedBruteForceRetrieval(keras.layers.Embedding(10, 4), candidate_ids=[7] * 10)
+    with pytest.raises(ValueError, match="99 for 10 candidates"):
+        ShardedBruteForceRetrieval(keras.layers.Embedding(10, 4), exclude_ids=[99])
 
 
 # Errors.
@@ -527,6 +572,8 @@ def test_an_index_over_a_feature_tower_may_be_updated(rng):
         ({"k": 11}, ValueError, "k=11 for 10 candidates"),
         ({"k": 9, "exclude_ids": [0, 1]}, ValueError, "k=9 for 10 candidates, 2 of them excluded.*at most 8"),
         ({"k": 0}, ValueError, "k=0"),
+        ({"k": 2.0}, ValueError, "k=2.0"),
+        ({"exclude_ids": 0}, TypeError, "`exclude_ids` must be flat"),
         ({"exclude_ids": [10]}, ValueError, "10 for 10 candidates with ids 0 to 9"),
         ({"exclude_ids": ["a"]}, TypeError, "`exclude_ids` must be integers"),
         ({"candidate_ids": np.arange(9)}, ValueError, r"shape \(9,\) for 10 candidates"),
@@ -592,6 +639,12 @@ def test_a_quantized_tower_is_refused():
 @pytest.mark.parametrize("candidates", [np.zeros((0,), int), {"a": np.zeros(3), "b": np.zeros(4)}])
 def test_a_corpus_has_rows_of_one_number(candidates):
     with pytest.raises(ValueError, match="one row for each candidate"):
+        shard_candidates(brute_force(), feature_tower(), candidates=candidates)
+
+
+@pytest.mark.parametrize("candidates", [3, [1, 2, 3], {"a": [1, 2]}])
+def test_a_corpus_is_made_of_arrays(candidates):
+    with pytest.raises(TypeError, match="`candidates` must be an array or a nested structure of arrays"):
         shard_candidates(brute_force(), feature_tower(), candidates=candidates)
 
 

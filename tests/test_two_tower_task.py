@@ -317,6 +317,7 @@ def test_an_unreduced_loss_has_one_value_for_each_query():
         ({"temperature": 0.0}, ValueError, "temperature=0.0"),
         ({"temperature": -1}, ValueError, "temperature=-1"),
         ({"temperature": float("nan")}, ValueError, "temperature=nan"),
+        ({"temperature": 1e-40}, ValueError, "temperature=1e-40"),
         ({"temperature": "cold"}, TypeError, "temperature='cold'"),
         ({"similarity": "euclidean"}, ValueError, "similarity='euclidean'"),
         ({"num_hard_negatives": 0}, ValueError, "num_hard_negatives=0"),
@@ -381,6 +382,12 @@ def test_labels_and_negatives_exclude_each_other(rng, constructor, name):
     arguments = {} if constructor else call_arguments(rng, (name,), num_candidates=BATCH)
     with pytest.raises(ValueError, match=f"`labels` together with `{name}`"):
         DistributedTwoTowerTask(**constructor)(queries, candidates, labels=np.ones(BATCH), **arguments)
+
+
+def test_the_sample_weight_of_a_dict_of_targets_names_the_cure(rng):
+    queries, candidates = embeddings(rng, num_candidates=BATCH)
+    with pytest.raises(TypeError, match=r"a dict with the keys \['rating'\].*Pass one of its values"):
+        DistributedTwoTowerTask()(queries, candidates, sample_weight={"rating": np.ones(BATCH)})
 
 
 @pytest.mark.parametrize(
