@@ -249,8 +249,6 @@ def main(argv: list[str]) -> None:
             sys.exit(f"The model loaded from {FLAGS.model_path} recommends other films than the one saved there.")
         seconds["saving and loading"] = time.perf_counter() - start
 
-    print()
-    print_source(ratings)
     for user, movie_ids in zip(users, recommended, strict=True):
         taste = "" if ratings.user_tastes is None else f" (taste {ratings.user_tastes[user]})"
         print(f"\nRecommended to user {user}{taste}:")
@@ -264,31 +262,38 @@ def main(argv: list[str]) -> None:
     print("Seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()) + ".")
     if FLAGS.model_path:
         print(f"Model saved to {FLAGS.model_path}; loaded again, it recommends the same.")
+    error = None
     if FLAGS.metrics_json:
         recommendations = [
             {"user": int(user), "movie_ids": ids.tolist(), "titles": [ratings.titles[i] for i in ids]}
             for user, ids in zip(users, recommended, strict=True)
         ]
-        metrics = {
-            "flags": {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("keras", "keras-rs", "jax", "keras_rs_contrib")},
-            },
-            "num_devices": len(devices),
-            "device_kind": devices[0].device_kind,
-            "dataset": ratings.source,
-            "history": history,
-            "mean_rating_val_loss": baseline,
-            "validation_epochs": validation_epochs,
-            "seconds": seconds,
-            "recommendations": recommendations,
-        }
-        try:
-            pathlib.Path(FLAGS.metrics_json).write_text(json.dumps(metrics, indent=2) + "\n")
-        except OSError as error:
-            sys.exit(f"--metrics_json={FLAGS.metrics_json}: {error.strerror}. All else is done.")
-        print(f"Metrics written to {FLAGS.metrics_json}.")
+        error = write_metrics(
+            num_devices=len(devices),
+            device_kind=devices[0].device_kind,
+            dataset=ratings.source,
+            history=history,
+            mean_rating_val_loss=baseline,
+            validation_epochs=validation_epochs,
+            seconds=seconds,
+            recommendations=recommendations,
+        )
+    print_source(ratings)
+    sys.exit(error)
+
+
+def write_metrics(**metrics) -> str | None:
+    """Writes the metrics, flags and versions to --metrics_json; returns what went wrong, or `None`."""
+    packages = ("keras", "keras-rs", "jax", "keras_rs_contrib")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    used_flags = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    content = {"flags": used_flags, "versions": versions, **metrics}
+    try:
+        pathlib.Path(FLAGS.metrics_json).write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        return f"--metrics_json={FLAGS.metrics_json}: {error.strerror}. All else is done."
+    print(f"Metrics written to {FLAGS.metrics_json}.")
+    return None
 
 
 def print_source(ratings: movielens.Ratings) -> None:

@@ -28,6 +28,9 @@ def test_it_trains_recommends_saves_and_reports(tmp_path):
         f"--model_path={model}", f"--metrics_json={metrics_file}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    beginning, *_, end = result.stdout.split("SYNTHETIC")
+    assert "Epoch" not in beginning
+    assert "Recommended" not in end
     assert result.stdout.count("SYNTHETIC") == 2
     assert result.stderr == ""
     assert "Recommended to user 42 (taste" in result.stdout
@@ -116,6 +119,16 @@ def test_training_that_diverges_ends_after_the_epoch(tmp_path):
     assert result.returncode == 1
     assert "in epoch 1. Try a smaller --learning_rate" in result.stderr
     assert not file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_costs_the_metrics_alone():
+    result = run(*SYNTHETIC, "--epochs=1", "--metrics_json=/dev/full")
+    assert result.returncode == 1
+    assert "--metrics_json=/dev/full: No space left on device. All else is done." in result.stderr
+    assert result.stdout.count("Recommended to user") == 3
+    assert result.stdout.count("SYNTHETIC") == 2
 
 
 @pytest.mark.slow
