@@ -166,8 +166,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         if self._tied:
             self._check_k(candidate_tower.input_dim)
             if candidate_ids is not None:
-                self._add_candidate_ids(candidate_tower.input_dim)
-                self.candidate_ids.assign(candidate_ids)
+                self._add_candidate_ids(candidate_tower.input_dim, candidate_ids)
             if candidate_tower.built:
                 self._split_rows()
         elif candidates is not None:
@@ -378,14 +377,15 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "The embeddings of candidates must be finite. Received: NaN or infinity for candidate "
                 f"{int(np.argmin(finite))}. Check the inputs of the tower: an id outside a table gives NaN."
             )
+        if candidate_ids is not None:
+            candidate_ids = check_corpus_ids(candidate_ids, embeddings.shape[0], self.exclude_ids)
         table = self._refreshed_embeddings
         if table is None:
             self._check_k(embeddings.shape[0])
             # The table first, as in `build_from_config`: a file knows weights by their order.
             self._add_table(embeddings.shape)
             if candidate_ids is not None:
-                self._add_candidate_ids(embeddings.shape[0])
-                self.candidate_ids.assign(candidate_ids)
+                self._add_candidate_ids(embeddings.shape[0], candidate_ids)
         else:
             if tuple(table.shape) != tuple(embeddings.shape):
                 raise ValueError(
@@ -394,19 +394,20 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                     "Make a new index with `shard_candidates`."
                 )
             if candidate_ids is not None:
-                ids = check_corpus_ids(candidate_ids, table.shape[0], self.exclude_ids)
                 if self.candidate_ids is None:
                     raise ValueError(
                         "An index without ids returns row numbers and keeps doing so. Received: `candidate_ids`. "
                         "Make a new index with `shard_candidates`."
                     )
-                self.candidate_ids.assign(ids)
+                self.candidate_ids.assign(candidate_ids)
         self._refreshed_embeddings.assign(embeddings)  # type: ignore[union-attr]
 
-    def _add_candidate_ids(self, num_candidates: int) -> None:
+    def _add_candidate_ids(self, num_candidates: int, candidate_ids: Any = None) -> None:
         self.candidate_ids = self.add_weight(
             shape=(num_candidates,), initializer="zeros", dtype="int32", trainable=False, name="candidate_ids"
         )
+        if candidate_ids is not None:
+            self.candidate_ids.assign(candidate_ids)
 
     def _add_table(self, shape: tuple[int, int]) -> None:
         self._refreshed_embeddings = self.add_weight(

@@ -563,6 +563,17 @@ def test_the_constructor_checks_ids_too():
         ShardedBruteForceRetrieval(keras.layers.Embedding(10, 4), exclude_ids=[99])
 
 
+def test_ids_are_checked_also_where_an_index_has_no_table_yet(rng):
+    index = ShardedBruteForceRetrieval(feature_tower(), k=2)
+    table = rng.normal(size=(5, DIMENSION))
+    with pytest.raises(ValueError, match="2147483648"):
+        index.update_candidates(table, np.arange(5) + 2**31)
+    index.update_candidates(table, np.arange(5) + 7)
+    queries = rng.normal(size=(3, DIMENSION)).astype("float32")
+    _, ids = index(queries)
+    np.testing.assert_array_equal(ids, reference.top_k(queries, table, 2)[1] + 7)
+
+
 # Errors.
 
 
