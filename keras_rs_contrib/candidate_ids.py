@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -51,6 +52,28 @@ def check_candidate_ids(candidate_ids: Any, name: str = "candidate_ids") -> np.n
             f"Received: {int(outside[0])}. Number the candidates from 0 and keep the table of their ids."
         )
     return ids.astype(np.int32)
+
+
+def to_int32(ids: Any, name: str) -> Any:
+    """Returns ids as int32, checked as far as they are known.
+
+    Args:
+        ids: integers, as a list, an array or a tensor, which may be symbolic.
+        name: what the ids are called in errors.
+
+    Returns:
+        A tensor as a tensor of int32, anything else as a NumPy array.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if one lies outside int32.
+    """
+    if not ops.is_tensor(ids) and not isinstance(ids, keras.KerasTensor):
+        return check_candidate_ids(ids, name)
+    dtype = keras.backend.standardize_dtype(ids.dtype)
+    if "int" not in dtype:
+        raise TypeError(f"`{name}` must be integers. Received: dtype {dtype}. Cast them, or number the candidates.")
+    return ids if dtype == "int32" else ops.cast(ids, "int32")
 
 
 def check_corpus_ids(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
 import warnings
 from typing import Any
 
@@ -68,6 +70,46 @@ def check_mesh_axis(mesh_axis: str | None) -> None:
         )
 
 
+def rows_on_mesh(num_rows: int, mesh_axis: str | None, path: str) -> int:
+    """Returns how many rows a table has on the mesh in force, rounded up to divide over the axis that splits them.
+
+    Args:
+        num_rows: rows of the table.
+        mesh_axis: the axis that is to split them, or `None` to follow the layout map of the distribution.
+        path: the variable's path, by which a layout map knows it.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return num_rows
+    axes = {mesh_axis}
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        # Keras lays the table out by its map when it makes it, whatever comes after.
+        variable = types.SimpleNamespace(path=path, shape=(num_rows, 1))
+        axes.add(distribution.get_variable_layout(variable).axes[0])
+    mesh = distribution.device_mesh
+    num_shards = math.lcm(*(size for name, size in zip(mesh.axis_names, mesh.shape, strict=True) if name in axes))
+    return -(-num_rows // num_shards) * num_shards
+
+
+def check_divides(num_rows: int, mesh_axis: str | None, path: str) -> None:
+    """Raises `ValueError` where a table that is no padded one would have to be, on the mesh in force.
+
+    Args:
+        num_rows: rows of the table.
+        mesh_axis: as for `rows_on_mesh`, as the path.
+        path: the variable's path.
+    """
+    num_rows_on_mesh = rows_on_mesh(num_rows, mesh_axis, path)
+    if num_rows_on_mesh != num_rows:
+        raise ValueError(
+            "The rows of a table that is built already, or is not of a plain `keras.layers.Embedding`, must divide "
+            f"over the mesh axis that splits them. Received: {num_rows} rows of {path!r} for mesh axis {mesh_axis!r}. "
+            "Call `shard_candidates` before the tower is first used, make the tower a "
+            f"`keras_rs_contrib.ShardedEmbedding`, or give it {num_rows_on_mesh} rows and name the added ones in "
+            "`exclude_ids`."
+        )
+
+
 def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     """Splits the rows of `table` over a mesh axis of the distribution in force.
 
@@ -82,12 +124,14 @@ def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     if distribution is None or mesh_axis not in distribution.device_mesh.axis_names:
         return
     mesh = distribution.device_mesh.backend_mesh
-    num_rows, num_shards = table.shape[0], int(mesh.shape[mesh_axis])
+    num_rows = getattr(table, "num_rows_on_mesh", table.shape[0])
+    num_shards = int(mesh.shape[mesh_axis])
     if num_rows % num_shards:
+        # A file must load everywhere, and in it the table was built before the index.
         warnings.warn(
-            "The rows of a table must divide over the mesh axis that splits them. Received: "
-            f"{num_rows} rows for {num_shards} devices on axis {mesh_axis!r}, so each device holds them all. Round "
-            f"their number up to {-(-num_rows // num_shards) * num_shards} and name the added ones in `exclude_ids`.",
+            "The rows of a table that is built already must divide over the mesh axis that splits them. Received: "
+            f"{num_rows} rows for {num_shards} devices on axis {mesh_axis!r}, so each device holds them all. "
+            "Make the tower a `keras_rs_contrib.ShardedEmbedding`.",
             stacklevel=2,
         )
         return

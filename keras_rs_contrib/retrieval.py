@@ -6,16 +6,23 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import keras
 import keras_rs
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import distribution, losses, top_k
-from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_corpus_ids, check_exclude_ids
+from keras_rs_contrib import distribution, losses, sharded_embedding, top_k
+from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_corpus_ids, check_exclude_ids, to_int32
+from keras_rs_contrib.padded_variable import add_table, replace_rows
 
 # Candidates that go through a feature tower at once: enough to keep it busy, little beside the tower's own memory.
 REFRESH_BLOCK_SIZE = 4096
+# Blocks from which on a refresh shows a progress bar.
+MANY_BLOCKS = 16
+# Up to so many excluded candidates are found with the others and dropped, which costs a longer top-k; more of them are
+# masked, which costs a pass over the scores.
+MAX_DROPPED = 16
 
 
 def shard_candidates(
@@ -27,6 +34,8 @@ def shard_candidates(
     exclude_ids: Iterable[int] = (),
     similarity: str = "dot",
     mesh_axis: str | None = None,
+    block_size: int | None = None,
+    recall_target: float | None = None,
 ) -> ShardedBruteForceRetrieval:
     """Ties a retrieval layer to the tower that embeds the candidates.
 
@@ -38,14 +47,21 @@ def shard_candidates(
         retrieval: a `keras_rs.layers.BruteForceRetrieval` without candidates; its `k`, `return_scores` and name are
             kept.
         candidate_tower: a `keras.layers.Embedding`, or any layer or model that maps candidates to
-            `[num_candidates, embedding_dim]`.
+            `[num_candidates, embedding_dim]`. A plain embedding that is not built yet becomes a
+            `keras_rs_contrib.ShardedEmbedding`, whose rows can be split whatever their number.
         candidates: the tower's inputs for the whole corpus: an array, or a nested structure of arrays with one row a
             candidate. Needed with a tower that is no embedding, and only there.
         candidate_ids: `[num_candidates]` ints, what is returned for each candidate; by default the number of its row.
         exclude_ids: ids of candidates that are never returned.
         similarity: `"dot"`, or `"cosine"` to L2-normalise both sides before scoring.
         mesh_axis: the axis of the mesh in force over which the rows of the index are split. `None` follows the table's
-            own layout. Without a distribution the table stays whole.
+            own layout. Without a distribution the table stays whole. Name it before the model is trained: an optimizer
+            that is built already keeps its slots whole.
+        block_size: how many scores are made at once on each device, 4 bytes each; by default 2**26, which is 256 MiB.
+            A call needs at most about twice that beside the table, and its time hardly depends on it.
+        recall_target: the share of the exact top-k, in (0, 1], that is enough. On a TPU, `jax.lax.approx_max_k` then
+            finds about that share on average, in less time, and which candidates it misses is not known beforehand.
+            Elsewhere, and by default, all are found.
 
     Returns:
         A `ShardedBruteForceRetrieval`.
@@ -53,7 +69,8 @@ def shard_candidates(
     Raises:
         TypeError: if `retrieval` is no plain `BruteForceRetrieval`, the tower no layer, or ids are no integers.
         ValueError: if `retrieval` holds candidates, `k` is more than there are candidates, `candidates` are missing or
-            not wanted, ids are out of range, or the mesh has no such axis.
+            not wanted, ids are out of range, the mesh has no such axis, or the rows of a table that is built already
+            do not divide over it.
 
     Example:
     ```python
@@ -95,6 +112,8 @@ def shard_candidates(
             "for instance `candidates=np.arange(num_candidates)` where the tower takes row numbers."
         )
     distribution.check_mesh_axis(mesh_axis)
+    if _is_table(candidate_tower):
+        _prepare_rows(candidate_tower, mesh_axis)
     return ShardedBruteForceRetrieval(
         candidate_tower,
         candidates=candidates,
@@ -102,6 +121,8 @@ def shard_candidates(
         exclude_ids=exclude_ids,
         similarity=similarity,
         mesh_axis=mesh_axis,
+        block_size=block_size,
+        recall_target=recall_target,
         k=retrieval.k,
         return_scores=retrieval.return_scores,
         name=retrieval.name,
@@ -113,9 +134,12 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
     """Exact top-k over the live table of a candidate tower, on one device or many. Made by `shard_candidates`.
 
     Called with query embeddings `[batch, embedding_dim]`, it returns `(scores, ids)`, both `[batch, k]`, float32 and
-    int32, best first, equal scores by lower row; with `return_scores=False` the ids alone. A table that every device
-    holds is scored by each for its own part of the batch, without traffic; of a table whose rows are split, the devices
-    exchange their best k rows a query.
+    int32, best first, equal scores by lower row; with `return_scores=False` the ids alone. `exclude_ids` names
+    candidates that a query is not to get. `ranks` gives the place of one candidate in a query's whole list.
+
+    A table that every device holds is scored by each for its own part of the batch, without traffic; of a table whose
+    rows are split, the devices exchange their best k rows a query. Scores are made in blocks, and sums are float32
+    whatever the dtype of the tower. A score that is no number counts as -inf.
 
     The tower is a layer of the index: what is set for the index, such as `trainable`, is set for the tower too.
     Within one `.keras` file the tower is saved once, and what is loaded shares it again with the model.
@@ -128,6 +152,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         exclude_ids: ids that are never returned.
         similarity: `"dot"` or `"cosine"`.
         mesh_axis: the mesh axis over which the rows are split.
+        block_size: how many scores are made at once on each device.
+        recall_target: the share of the exact top-k that is enough on a TPU.
         k: how many candidates to return.
         return_scores: whether to return the scores beside the ids.
         **kwargs: arguments of `keras.layers.Layer`.
@@ -141,11 +167,15 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         exclude_ids: Iterable[int] = (),
         similarity: str = "dot",
         mesh_axis: str | None = None,
+        block_size: int | None = None,
+        recall_target: float | None = None,
         k: int = 10,
         return_scores: bool = True,
         **kwargs: Any,
     ) -> None:
-        k = _positive_int(k)
+        k = _positive_int(k, "k")
+        block_size = None if block_size is None else _positive_int(block_size, "block_size")
+        _check_recall_target(recall_target)
         losses.check_similarity(similarity)
         tied = _is_table(candidate_tower)
         excluded = check_exclude_ids(exclude_ids)
@@ -159,12 +189,14 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         self.exclude_ids = excluded
         self.similarity = similarity
         self.mesh_axis = mesh_axis
+        self.block_size = block_size
+        self.recall_target = recall_target
         self.supports_masking = True
         self._tied = tied
         self._keep(candidates)
         self._refreshed_embeddings: keras.Variable | None = None
         if self._tied:
-            self._check_k(candidate_tower.input_dim)
+            self._check_k(candidate_tower.input_dim, len(excluded))
             if candidate_ids is not None:
                 self._add_candidate_ids(candidate_tower.input_dim, candidate_ids)
             if candidate_tower.built:
@@ -199,7 +231,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         """Replaces the embeddings of an index over a feature tower; an error on a tied index.
 
         Args:
-            candidate_embeddings: `[num_candidates, embedding_dim]` float, of the shape that the index has.
+            candidate_embeddings: `[num_candidates, embedding_dim]` float, of the dimension that the index has.
             candidate_ids: `[num_candidates]` ints, or `None` to keep the present ones.
 
         Raises:
@@ -214,20 +246,29 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         self._validate_candidate_embeddings_and_ids(candidate_embeddings, candidate_ids)
         self._assign_table(candidate_embeddings, candidate_ids)
 
-    def refresh(self, candidates: Any = None) -> None:
+    def refresh(self, candidates: Any = None, candidate_ids: Any = None, verbose: int | str = "auto") -> None:
         """Runs the candidates through the tower again, for an index over a feature tower.
 
         A tied index is never stale, and stays as it is. If the tower fails, the old index stays whole.
 
         Args:
-            candidates: the tower's inputs for the whole corpus, as many as before; `None` for those given last. They
-                are not saved with the index: after loading, give them anew.
+            candidates: the tower's inputs for the whole corpus, which may have grown or shrunk; `None` for those given
+                last. They are not saved with the index: after loading, give them anew.
+            candidate_ids: `[num_candidates]` ints, the ids of `candidates`; `None` to keep the present ones. Those of
+                `exclude_ids` that are no longer among them are of no effect.
+            verbose: 1 for a progress bar, 0 for none, `"auto"` for one where the corpus is large.
 
         Raises:
-            ValueError: if there are no candidates, their number differs, or the tower's output is no finite
-                `[num_candidates, embedding_dim]`.
+            TypeError: if candidates are no arrays, or ids no integers.
+            ValueError: if there are no candidates, fewer than `k`, their number differs from that of their ids, or the
+                tower's output is no finite `[num_candidates, embedding_dim]`.
         """
         if self._tied:
+            if candidates is not None or candidate_ids is not None:
+                raise ValueError(
+                    "The index of an embedding is its whole table, live, and takes no `candidates`. Received: "
+                    f"new ones for an index tied to {self.candidate_tower.name!r}. Make a new index."
+                )
             return
         candidates = self._candidates if candidates is None else candidates
         if candidates is None:
@@ -235,7 +276,9 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "The index needs the tower's inputs for the whole corpus. Received: candidates=None, and none before: "
                 "inputs are not saved with the index. Pass them: `refresh(candidates)`."
             )
-        self._assign_table(self._embed(candidates), None)
+        # Before the tower runs, which may take long.
+        candidate_ids = self._check_corpus(_num_rows(candidates), candidate_ids)
+        self._assign_table(self._embed(candidates, verbose), candidate_ids)
         self._keep(candidates)
 
     def build(self, input_shape: Any) -> None:
@@ -255,42 +298,112 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         if self._tied:
             self._split_rows()
 
-    def call(self, query_embeddings: Any) -> Any:
+    def __call__(self, query_embeddings: Any, exclude_ids: Any = None, **kwargs: Any) -> Any:
+        """Returns what `call` does."""
+        if exclude_ids is not None:
+            # Keras would make int32 of any integers, and so of 2**32 + 5 the id of another candidate.
+            exclude_ids = to_int32(exclude_ids, "exclude_ids")
+            kwargs["exclude_ids"] = exclude_ids
+        return super().__call__(query_embeddings, **kwargs)
+
+    def call(self, query_embeddings: Any, exclude_ids: Any = None) -> Any:
         """Returns the candidates that score highest for each query.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float.
+            exclude_ids: `[batch, m]` int32, candidates that the query is not to get, at the cost of a top-(k+m). -1,
+                and ids that no candidate has, are of no effect. `None` for none.
 
         Returns:
-            `(scores, ids)`, `[batch, k]` float32 and int32, best first, or the ids alone.
+            `(scores, ids)`, `[batch, k]` float32 and int32, best first, or the ids alone. Where fewer than k candidates
+            remain, the rest are -inf and -1. A query that is not a number gets NaN and -1 alone.
 
         Raises:
-            ValueError: if the shape of the queries does not fit the table's.
+            ValueError: if the shape of the queries does not fit the table's, or that of `exclude_ids` the queries'.
         """
         table = self.candidate_embeddings
-        self._check_queries(query_embeddings)
+        self._check_queries(query_embeddings, exclude_ids)
         self._check_k(table.shape[0])
-        layout = distribution.table_layout(table)
-        values = ops.convert_to_tensor(table)
-        excluded = self._excluded_rows(table.shape[0])
-        if layout is None:
-            scores, rows = top_k.top_k(query_embeddings, values, self.k, self.similarity, excluded)
-        else:
-            queries = top_k.on_mesh(query_embeddings, layout)
-            scores, rows = top_k.distributed_top_k(queries, values, self.k, layout, self.similarity, excluded)
-        ids = rows if self.candidate_ids is None else ops.take(self.candidate_ids, rows, axis=0)
-        if excluded is not None:
-            # Where other candidates score -inf, too.
-            ids = ops.where(ops.take(excluded, rows, axis=0), NO_CANDIDATE, ids)
+        search = self._search()
+        excluded = None
+        if len(self.exclude_ids) > MAX_DROPPED:
+            excluded = self._excluded_rows()
+        elif self.exclude_ids:
+            exclude_ids = self._with_own_exclude_ids(exclude_ids, ops.shape(query_embeddings)[0])
+        scores, ids = top_k.top_k(
+            self._on_mesh(query_embeddings),
+            ops.convert_to_tensor(table),
+            k=self.k,
+            search=search,
+            candidate_ids=None if self.candidate_ids is None else self._on_mesh(self.candidate_ids.value),
+            exclude_ids=self._on_mesh(exclude_ids),
+            excluded=excluded,
+        )
         return (scores, ids) if self.return_scores else ids
+
+    def ranks(self, query_embeddings: Any, candidate_ids: Any, exclude_ids: Any = None) -> Any:
+        """Returns the place of one candidate in each query's list of the whole corpus, without a top-k.
+
+        The list is that of a call with `k` the number of candidates: the rank counts the candidates that score higher,
+        and those that score the same in a lower row.
+
+        Args:
+            query_embeddings: `[batch, embedding_dim]` float.
+            candidate_ids: `[batch]` int, the candidate of each query.
+            exclude_ids: `[batch, m]` int, candidates that the query is not to get, as in a call.
+
+        Returns:
+            `[batch]` int32, 0 is best. The number of candidates, which no list is long enough for, where the candidate
+            is excluded, or the query is not a number, or, while compiling, the id is that of no candidate.
+
+        Raises:
+            TypeError: if ids are no integers.
+            ValueError: if shapes do not fit, or an id is that of no candidate.
+        """
+        if keras.backend.backend() != "jax":
+            raise NotImplementedError(
+                f"`ranks` needs the JAX backend. Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
+            )
+        query_embeddings = ops.convert_to_tensor(query_embeddings)
+        if not self.built:
+            self.build(query_embeddings.shape)
+        candidate_ids = ops.convert_to_tensor(to_int32(candidate_ids, "candidate_ids"))
+        if exclude_ids is not None:
+            exclude_ids = ops.convert_to_tensor(to_int32(exclude_ids, "exclude_ids"))
+        self._check_queries(query_embeddings, exclude_ids)
+        if tuple(candidate_ids.shape) != tuple(query_embeddings.shape[:1]):
+            raise ValueError(
+                "`candidate_ids` needs one id for each query. Received: "
+                f"shape {tuple(candidate_ids.shape)} for {query_embeddings.shape[0]} queries. Pass a flat list."
+            )
+        rows = self._rows_of(candidate_ids)
+        num_candidates = self.candidate_embeddings.shape[0]
+        _check_known(candidate_ids, rows, num_candidates)
+        unlisted = ops.equal(rows, num_candidates)
+        exclude_rows = None
+        if exclude_ids is not None:
+            exclude_rows = self._on_mesh(self._rows_of(exclude_ids))
+            unlisted = ops.logical_or(unlisted, ops.any(ops.equal(exclude_ids, ops.expand_dims(candidate_ids, 1)), 1))
+        if self.exclude_ids:
+            own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
+            unlisted = ops.logical_or(unlisted, ops.any(ops.equal(own, ops.expand_dims(candidate_ids, 1)), axis=1))
+        ranks = top_k.ranks(
+            self._on_mesh(query_embeddings),
+            ops.convert_to_tensor(self.candidate_embeddings),
+            self._on_mesh(rows),
+            search=self._search(),
+            exclude_rows=exclude_rows,
+            excluded=self._excluded_rows() if self.exclude_ids else None,
+        )
+        return ops.where(self._on_mesh(unlisted), num_candidates, ranks)
 
     def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
         """Returns the `[num_queries, num_candidates]` float32 scores by which the index ranks."""
         return top_k.scores(query_embedding, candidate_embedding, self.similarity)
 
-    def compute_output_spec(self, query_embeddings: Any) -> Any:
+    def compute_output_spec(self, query_embeddings: Any, exclude_ids: Any = None) -> Any:
         """Returns the shapes and dtypes of the result."""
-        self._check_queries(query_embeddings)
+        self._check_queries(query_embeddings, exclude_ids)
         shape = (query_embeddings.shape[0], self.k)
         ids = keras.KerasTensor(shape, dtype="int32")
         return (keras.KerasTensor(shape, dtype="float32"), ids) if self.return_scores else ids
@@ -312,6 +425,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             exclude_ids=list(self.exclude_ids),
             similarity=self.similarity,
             mesh_axis=self.mesh_axis,
+            block_size=self.block_size,
+            recall_target=self.recall_target,
             k=self.k,
             return_scores=self.return_scores,
         )
@@ -354,11 +469,15 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         # Past Keras's tracking of attributes, which would turn dicts into ones that a functional tower refuses.
         object.__setattr__(self, "_candidates", candidates)
 
-    def _embed(self, candidates: Any) -> np.ndarray[Any, Any]:
+    def _embed(self, candidates: Any, verbose: int | str = "auto") -> np.ndarray[Any, Any]:
         """Returns the tower's `[num_candidates, embedding_dim]` output for the candidates, computed in blocks."""
         num_candidates = _num_rows(candidates)
+        starts = range(0, num_candidates, REFRESH_BLOCK_SIZE)
+        if verbose == "auto":
+            verbose = int(len(starts) > MANY_BLOCKS)
+        progress = keras.utils.Progbar(num_candidates, verbose=verbose, unit_name="candidate")
         blocks = []
-        for start in range(0, num_candidates, REFRESH_BLOCK_SIZE):
+        for start in starts:
             stop = min(start + REFRESH_BLOCK_SIZE, num_candidates)
             block = keras.tree.map_structure(lambda array, rows=slice(start, stop): array[rows], candidates)
             embeddings = ops.convert_to_numpy(self.candidate_tower(block, training=False)).astype("float32")
@@ -368,39 +487,57 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                     f"shape {embeddings.shape} for {stop - start} candidates. Flatten its output to one row each."
                 )
             blocks.append(embeddings)
+            progress.update(stop)
         return np.concatenate(blocks)
 
+    def _check_corpus(self, num_candidates: int, candidate_ids: Any) -> Any:
+        """Returns the ids of new candidates as int32, or `None` to keep the present ones, or raises."""
+        table = self._refreshed_embeddings
+        if table is None:
+            candidate_ids = check_corpus_ids(candidate_ids, num_candidates, self.exclude_ids)
+        elif candidate_ids is not None:
+            candidate_ids = check_corpus_ids(candidate_ids, num_candidates, [])
+            if self.candidate_ids is None:
+                raise ValueError(
+                    "An index without ids returns row numbers and keeps doing so. Received: `candidate_ids`. "
+                    "Make a new index with `shard_candidates`."
+                )
+        elif self.candidate_ids is not None and num_candidates != table.shape[0]:
+            raise ValueError(
+                "An index with ids needs those of the new candidates where their number changes. Received: "
+                f"candidate_ids=None for {num_candidates} candidates instead of {table.shape[0]}. Pass `candidate_ids`."
+            )
+        present = candidate_ids if candidate_ids is not None else self.candidate_ids
+        if present is None:
+            present = np.arange(num_candidates)
+        self._check_k(num_candidates, int(np.isin(self.exclude_ids, ops.convert_to_numpy(present)).sum()))
+        return candidate_ids
+
     def _assign_table(self, embeddings: Any, candidate_ids: Any) -> None:
+        shape = tuple(embeddings.shape)
+        candidate_ids = self._check_corpus(shape[0], candidate_ids)
         finite = np.isfinite(ops.convert_to_numpy(embeddings)).all(axis=1)
         if not finite.all():
             raise ValueError(
                 "The embeddings of candidates must be finite. Received: NaN or infinity for candidate "
                 f"{int(np.argmin(finite))}. Check the inputs of the tower: an id outside a table gives NaN."
             )
-        if candidate_ids is not None:
-            candidate_ids = check_corpus_ids(candidate_ids, embeddings.shape[0], self.exclude_ids)
         table = self._refreshed_embeddings
         if table is None:
-            self._check_k(embeddings.shape[0])
             # The table first, as in `build_from_config`: a file knows weights by their order.
-            self._add_table(embeddings.shape)
+            self._add_table(shape)
             if candidate_ids is not None:
-                self._add_candidate_ids(embeddings.shape[0], candidate_ids)
+                self._add_candidate_ids(shape[0], candidate_ids)
         else:
-            if tuple(table.shape) != tuple(embeddings.shape):
+            if table.shape[1] != shape[1]:
                 raise ValueError(
-                    "An index keeps its number of candidates and its dimension. Received: "
-                    f"embeddings of shape {tuple(embeddings.shape)} for an index of shape {tuple(table.shape)}. "
+                    "An index keeps its dimension. Received: "
+                    f"embeddings of shape {shape} for an index of shape {tuple(table.shape)}. "
                     "Make a new index with `shard_candidates`."
                 )
             if candidate_ids is not None:
-                if self.candidate_ids is None:
-                    raise ValueError(
-                        "An index without ids returns row numbers and keeps doing so. Received: `candidate_ids`. "
-                        "Make a new index with `shard_candidates`."
-                    )
-                self.candidate_ids.assign(candidate_ids)
-        self._refreshed_embeddings.assign(embeddings)  # type: ignore[union-attr]
+                replace_rows(self.candidate_ids, candidate_ids, None)
+        replace_rows(self._refreshed_embeddings, embeddings, self.mesh_axis)
 
     def _add_candidate_ids(self, num_candidates: int, candidate_ids: Any = None) -> None:
         self.candidate_ids = self.add_weight(
@@ -410,10 +547,17 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             self.candidate_ids.assign(candidate_ids)
 
     def _add_table(self, shape: tuple[int, int]) -> None:
-        self._refreshed_embeddings = self.add_weight(
-            shape=shape, initializer="zeros", trainable=False, autocast=False, name="candidate_embeddings"
+        name = "candidate_embeddings"
+        self._refreshed_embeddings = add_table(
+            self.add_weight,
+            f"{self.path or self.name}/{name}",
+            shape,
+            "zeros",
+            self.mesh_axis,
+            trainable=False,
+            autocast=False,
+            name=name,
         )
-        self._split_rows()
 
     def _split_rows(self) -> None:
         table = self.candidate_embeddings
@@ -421,22 +565,62 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         if self.mesh_axis is not None and isinstance(table, keras.Variable):
             distribution.split_rows(table, self.mesh_axis)
 
-    def _excluded_rows(self, num_candidates: int) -> Any:
-        if not self.exclude_ids:
-            return None
-        ids = ops.arange(num_candidates, dtype="int32") if self.candidate_ids is None else self.candidate_ids
-        return ops.isin(ids, ops.convert_to_tensor(self.exclude_ids, dtype="int32"))
+    def _search(self) -> top_k.Search:
+        table = self.candidate_embeddings
+        return top_k.Search(
+            num_candidates=table.shape[0],
+            similarity=self.similarity,
+            block_size=self.block_size or top_k.BLOCK_SIZE,
+            recall_target=self.recall_target,
+            layout=distribution.table_layout(table),
+        )
 
-    def _check_k(self, num_candidates: int) -> None:
-        remaining = num_candidates - len(self.exclude_ids)
+    def _on_mesh(self, array: Any) -> Any:
+        layout = distribution.table_layout(self.candidate_embeddings)
+        return array if layout is None or array is None else top_k.on_mesh(array, layout)
+
+    def _with_own_exclude_ids(self, exclude_ids: Any, num_queries: Any) -> Any:
+        own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
+        own = ops.broadcast_to(ops.expand_dims(own, 0), (num_queries, len(self.exclude_ids)))
+        return own if exclude_ids is None else ops.concatenate([exclude_ids, own], axis=1)
+
+    def _excluded_rows(self) -> Any:
+        """Returns `[num_rows]` bool, of the rows on the mesh: True for the index's own exclusions, and for padding."""
+        table = self.candidate_embeddings
+        num_rows = getattr(table, "num_rows_on_mesh", table.shape[0])
+        if self.candidate_ids is None:
+            excluded = np.zeros(table.shape[0], bool)
+            excluded[[i for i in self.exclude_ids if 0 <= i < table.shape[0]]] = True
+        else:
+            own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
+            places = ops.searchsorted(own, ops.convert_to_tensor(self.candidate_ids))
+            places = ops.minimum(places, len(self.exclude_ids) - 1)
+            excluded = ops.equal(ops.take(own, places, axis=0), self.candidate_ids)
+        return ops.pad(excluded, (0, num_rows - table.shape[0]), constant_values=True)
+
+    def _rows_of(self, ids: Any) -> Any:
+        """Returns the row of each candidate, the number of candidates for an id that is of none."""
+        num_candidates = self.candidate_embeddings.shape[0]
+        if self.candidate_ids is None:
+            known = ops.logical_and(ops.greater_equal(ids, 0), ops.less(ids, num_candidates))
+            return ops.where(known, ids, num_candidates)
+        all_ids = ops.convert_to_tensor(self.candidate_ids)
+        order = ops.argsort(all_ids)
+        places = ops.searchsorted(ops.take(all_ids, order, axis=0), ops.reshape(ids, (-1,)))
+        rows = ops.reshape(ops.take(order, ops.minimum(places, num_candidates - 1), axis=0), ops.shape(ids))
+        known = ops.equal(ops.take(all_ids, rows, axis=0), ids)
+        return ops.where(known, ops.cast(rows, "int32"), num_candidates)
+
+    def _check_k(self, num_candidates: int, num_excluded: int = 0) -> None:
+        remaining = num_candidates - num_excluded
         if self.k > remaining:
             raise ValueError(
                 "`k` must not be more than the number of candidates. Received: "
-                f"k={self.k} for {num_candidates} candidates, {len(self.exclude_ids)} of them excluded. "
+                f"k={self.k} for {num_candidates} candidates, {num_excluded} of them excluded. "
                 f"Ask for at most {remaining}."
             )
 
-    def _check_queries(self, query_embeddings: Any) -> None:
+    def _check_queries(self, query_embeddings: Any, exclude_ids: Any = None) -> None:
         dimension = self.candidate_embeddings.shape[1]
         shape = tuple(query_embeddings.shape)
         if len(shape) != 2 or shape[1] not in (None, dimension):
@@ -444,12 +628,43 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 f"Query embeddings must have shape (batch, {dimension}), as the candidates' dimension is {dimension}. "
                 f"Received: shape {shape}. Pass one row for each query, from a query tower of that dimension."
             )
+        if exclude_ids is None:
+            return
+        exclude_shape = tuple(exclude_ids.shape)
+        if len(exclude_shape) != 2 or (None not in (exclude_shape[0], shape[0]) and exclude_shape[0] != shape[0]):
+            raise ValueError(
+                "`exclude_ids` must have shape (batch, m), with one row for each query. Received: "
+                f"shape {exclude_shape} for query embeddings of shape {shape}. Fill short rows with {NO_CANDIDATE}."
+            )
 
 
-def _positive_int(k: Any) -> int:
-    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"`k` must be a positive int. Received: k={k!r}. Ask for at least one candidate.")
-    return int(k)
+def _positive_int(value: Any, name: str) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Ask for at least one.")
+    return int(value)
+
+
+def _check_recall_target(recall_target: Any) -> None:
+    if recall_target is None:
+        return
+    if not isinstance(recall_target, numbers.Real) or not 0 < float(recall_target) <= 1:
+        raise ValueError(
+            "`recall_target` must be a share in (0, 1]. Received: "
+            f"recall_target={recall_target!r}. Pass 0.95, for instance, or None for the exact top-k."
+        )
+
+
+def _check_known(candidate_ids: Any, rows: Any, num_candidates: int) -> None:
+    """Raises `ValueError` where an id is that of no candidate, if the values are there to look at."""
+    if isinstance(rows, jax.core.Tracer):
+        return
+    unknown = np.flatnonzero(ops.convert_to_numpy(rows) == num_candidates)
+    if unknown.size:
+        raise ValueError(
+            "`candidate_ids` must be ids of candidates. Received: "
+            f"{int(ops.convert_to_numpy(candidate_ids)[unknown[0]])} in row {int(unknown[0])}, which is none of the "
+            f"{num_candidates}. Leave such rows out, or give them a candidate and no weight."
+        )
 
 
 def _num_rows(candidates: Any) -> int:
@@ -471,4 +686,18 @@ def _num_rows(candidates: Any) -> int:
 
 def _is_table(tower: keras.layers.Layer) -> bool:
     """Returns whether the tower's output is a row of its table and nothing more."""
-    return isinstance(tower, keras.layers.Embedding) and type(tower).call is keras.layers.Embedding.call
+    calls = (keras.layers.Embedding.call, sharded_embedding.ShardedEmbedding.call)
+    return isinstance(tower, keras.layers.Embedding) and type(tower).call in calls
+
+
+def _prepare_rows(tower: keras.layers.Embedding, mesh_axis: str | None) -> None:
+    """Lets the rows of an embedding be split, whatever their number, or raises where that is too late."""
+    if isinstance(tower, sharded_embedding.ShardedEmbedding):
+        if mesh_axis is not None and not tower.built and tower.mesh_axis is None:
+            tower.mesh_axis = mesh_axis
+        return
+    if type(tower) is keras.layers.Embedding and not tower.built:
+        # On one device too: the class is in the names of a file, which is to load on any mesh.
+        sharded_embedding.shard(tower, mesh_axis)
+    else:
+        distribution.check_divides(tower.input_dim, mesh_axis, f"{tower.path or tower.name}/embeddings")

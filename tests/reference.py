@@ -9,7 +9,8 @@ def similarity_score(query, candidate, similarity="dot"):
     query, candidate = np.asarray(query, np.float64), np.asarray(candidate, np.float64)
     if similarity == "cosine":
         query, candidate = query / np.linalg.norm(query), candidate / np.linalg.norm(candidate)
-    return float(query @ candidate)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(query @ candidate)
 
 
 def best_head_score(query, candidate, similarity="dot"):
@@ -97,17 +98,50 @@ def gradient(function, values, step=1e-5):
     return result
 
 
-def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=()):
-    """The ids of the k best rows of each query, and their scores; equal scores by lower row."""
+def order_key(score):
+    """What is no number ranks as -inf."""
+    return -math.inf if math.isnan(score) else score
+
+
+def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=(), exclude_ids_by_query=None):
+    """The ids of the k best rows of each query, and their scores; equal scores by lower row.
+
+    Where fewer remain, the rest are -1 and -inf; a query that is not a number has -1 and NaN alone.
+    """
     ids = range(len(table)) if ids is None else ids
     all_scores, all_ids = [], []
-    for query in queries:
+    for number_of_query, query in enumerate(queries):
+        if np.isnan(np.asarray(query, np.float64)).any():
+            all_scores.append([math.nan] * k)
+            all_ids.append([-1] * k)
+            continue
+        left_out = set(exclude_ids)
+        if exclude_ids_by_query is not None:
+            left_out |= set(np.asarray(exclude_ids_by_query[number_of_query]).tolist())
         scored = [
-            (-similarity_score(query, row, similarity), number, candidate_id)
+            (-order_key(similarity_score(query, row, similarity)), number, candidate_id)
             for number, (row, candidate_id) in enumerate(zip(table, ids, strict=True))
-            if candidate_id not in exclude_ids
+            if candidate_id not in left_out
         ]
         best = sorted(scored)[:k]
-        all_scores.append([-score for score, _, _ in best])
-        all_ids.append([candidate_id for _, _, candidate_id in best])
+        missing = k - len(best)
+        all_scores.append([-score for score, _, _ in best] + [-math.inf] * missing)
+        all_ids.append([candidate_id for _, _, candidate_id in best] + [-1] * missing)
     return np.array(all_scores), np.array(all_ids)
+
+
+def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_ids_by_query=None, similarity="dot"):
+    """The place of one candidate in each query's whole list; the number of candidates where it is not in the list."""
+    _, lists = top_k(
+        queries,
+        table,
+        len(table),
+        similarity=similarity,
+        ids=ids,
+        exclude_ids=exclude_ids,
+        exclude_ids_by_query=exclude_ids_by_query,
+    )
+    return [
+        row.tolist().index(wanted) if wanted in row else len(table)
+        for row, wanted in zip(lists, candidate_ids, strict=True)
+    ]

@@ -48,7 +48,7 @@ def test_split_rows_changes_the_layout_and_not_the_values():
 def test_rows_that_do_not_divide_stay_whole_with_a_warning():
     keras.distribution.set_distribution(data_parallel(8))
     variable = table(9)
-    with pytest.warns(UserWarning, match=r"9 rows for 8 devices.*up to 16"):
+    with pytest.warns(UserWarning, match=r"9 rows for 8 devices.*ShardedEmbedding"):
         distribution.split_rows(variable, "batch")
     assert variable.value.addressable_shards[0].data.shape == (9, 4)
 
@@ -60,3 +60,17 @@ def test_an_axis_that_the_mesh_lacks_is_refused_where_a_user_names_it():
     distribution.check_mesh_axis(None)
     with pytest.raises(ValueError, match=r"'model' for a mesh with axes \['batch'\]"):
         distribution.check_mesh_axis("model")
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(8, 8), (9, 16), (1683, 1688)])
+def test_rows_are_rounded_up_to_the_axis_that_splits_them(num_rows, expected):
+    assert distribution.rows_on_mesh(num_rows, "batch", "table") == num_rows
+    keras.distribution.set_distribution(data_parallel(8))
+    assert distribution.rows_on_mesh(num_rows, "batch", "table") == expected
+    assert distribution.rows_on_mesh(num_rows, "model", "table") == num_rows
+    assert distribution.rows_on_mesh(num_rows, None, "table") == num_rows
+    keras.distribution.set_distribution(model_parallel((1, 8), pattern="tab.*"))
+    assert distribution.rows_on_mesh(num_rows, None, "table") == expected
+    assert distribution.rows_on_mesh(num_rows, None, "another") == num_rows
+    keras.distribution.set_distribution(model_parallel((2, 3), pattern="tab.*"))
+    assert distribution.rows_on_mesh(num_rows, "batch", "table") == -(-num_rows // 6) * 6

@@ -31,7 +31,10 @@ def test_the_quick_start_runs_as_printed(tmp_path):
     assert result.stdout.endswith("(2, 3) (2, 3)\n")
 
 
-@pytest.mark.parametrize("name", ["DistributedTwoTowerTask", "shard_candidates"])
+PUBLIC = ["DistributedTwoTowerTask", "RefreshCandidates", "ShardedEmbedding", "shard_candidates"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_the_examples_of_the_docstrings_run(name):
     (example,) = python_blocks(getattr(keras_rs_contrib, name).__doc__.split("Example:")[1])
     exec(example, {"keras": keras, "keras_rs": keras_rs, "np": np, **vars(keras_rs_contrib)})
@@ -39,7 +42,7 @@ def test_the_examples_of_the_docstrings_run(name):
 
 def test_every_public_name_is_documented_and_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for name in ("DistributedTwoTowerTask", "shard_candidates"):
+    for name in PUBLIC:
         assert name in readme
     for name in keras_rs_contrib.__all__:
         assert getattr(keras_rs_contrib, name).__doc__
@@ -58,6 +61,13 @@ def test_another_backend_does_what_needs_no_devices():
         table = keras.layers.Embedding(3, 4, weights=queries)
         index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), table, exclude_ids=[0])
         print(float(loss), index(queries)[1].numpy().tolist())
+        assert index(queries, exclude_ids=[[1], [-1], [2]])[1].numpy().tolist() == [[2, -1], [1, 2], [1, -1]]
+        try:
+            index.ranks(queries, [0, 1, 2])
+        except NotImplementedError as error:
+            assert "JAX" in str(error)
+        else:
+            raise AssertionError
     """
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
     result = subprocess.run(

@@ -1,5 +1,4 @@
 import copy
-import warnings
 import zipfile
 
 import h5py
@@ -133,6 +132,93 @@ def test_scores_are_float32_whatever_the_towers_precision(rng, policy):
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-7)
 
 
+# Exclusions and ranks.
+
+
+@pytest.mark.parametrize("num_excluded", [0, 1, 20])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+def test_lists_and_ranks_without_what_is_excluded(rng, distribution, num_excluded, with_ids, mesh_axis):
+    tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
+    ids = rng.permutation(43) * 3 - 20 if with_ids else np.arange(43)
+    own = ids[rng.permutation(43)[:num_excluded]]
+    mesh_axis = mesh_axis if distribution is not None else None
+    index = shard_candidates(
+        brute_force(k=7), tower, candidate_ids=ids if with_ids else None, exclude_ids=own, mesh_axis=mesh_axis
+    )
+    queries = rng.normal(size=(24, 4)).astype("float32")
+    exclude_ids = np.concatenate([rng.choice(ids, (24, 5)), np.full((24, 2), -1), np.full((24, 1), 10**6)], axis=1)
+    table = tower.embeddings.numpy() if tower.built else None
+    for exclude in (None, exclude_ids):
+        found = np.asarray(index(queries, exclude_ids=exclude))
+        table = tower.embeddings.numpy()
+        arguments = {"ids": ids.tolist(), "exclude_ids": own.tolist(), "exclude_ids_by_query": exclude}
+        np.testing.assert_array_equal(found, reference.top_k(queries, table, 7, **arguments)[1])
+        wanted = ids[rng.integers(0, 43, 24)]
+        ranks = index.ranks(queries, wanted, exclude_ids=exclude)
+        assert ranks.dtype == "int32"
+        np.testing.assert_array_equal(ranks, reference.ranks(queries, table, wanted.tolist(), **arguments))
+        np.testing.assert_array_equal(index.ranks(queries, found[:, 4], exclude), [4] * 24)
+
+
+def test_where_too_few_remain_the_rest_is_none(rng):
+    tower = keras.layers.Embedding(6, 4, embeddings_initializer="normal")
+    index = shard_candidates(brute_force(k=4, return_scores=True), tower)
+    scores, ids = index(rng.normal(size=(2, 4)), exclude_ids=[[0, 1, 2, 3], [0, 1, 2, 3]])
+    assert set(np.asarray(ids)[:, :2].ravel()) == {4, 5}
+    np.testing.assert_array_equal(np.asarray(ids)[:, 2:], -1)
+    np.testing.assert_array_equal(np.asarray(scores)[:, 2:], -np.inf)
+    assert np.isfinite(np.asarray(scores)[:, :2]).all()
+
+
+def test_exclude_ids_may_be_an_input_of_a_functional_model(rng, distribution):
+    tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
+    queries, exclude_ids = keras.Input((4,)), keras.Input((None,), dtype="int32")
+    index = shard_candidates(brute_force(), tower, mesh_axis=None if distribution is None else "batch")
+    model = keras.Model([queries, exclude_ids], index(queries, exclude_ids=exclude_ids))
+    assert model.output.shape == (None, 5)
+    x = [rng.normal(size=(24, 4)).astype("float32"), rng.integers(-1, 43, (24, 3)).astype("int32")]
+    _, expected = reference.top_k(x[0], tower.embeddings.numpy(), 5, exclude_ids_by_query=x[1])
+    np.testing.assert_array_equal(model.predict(x, batch_size=24, verbose=0), expected)
+
+
+def test_ranks_of_what_is_in_no_list(rng):
+    tower = keras.layers.Embedding(10, 4, embeddings_initializer="normal")
+    index = shard_candidates(brute_force(), tower, exclude_ids=[3])
+    queries = rng.normal(size=(3, 4)).astype("float32")
+    queries[2] = np.nan
+    np.testing.assert_array_equal(index.ranks(queries, [3, 4, 5], exclude_ids=[[-1], [4], [-1]]), [10, 10, 10])
+    with pytest.raises(ValueError, match="`candidate_ids` must be ids of candidates. Received: 10 in row 1"):
+        index.ranks(queries, [1, 10, 2])
+    compiled = jax.jit(index.ranks)
+    np.testing.assert_array_equal(compiled(queries, jax.numpy.array([1, 10, -1]))[1:], [10, 10])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"candidate_ids": [1, 2]}, ValueError, r"shape \(2,\) for 3 queries"),
+        ({"candidate_ids": [1.0, 2.0, 3.0]}, TypeError, "float64"),
+        ({"candidate_ids": jax.numpy.ones(3)}, TypeError, "float32"),
+        ({"candidate_ids": [1, 2, 2**32]}, ValueError, "4294967296"),
+        ({"exclude_ids": [1, 2, 3]}, ValueError, r"shape \(3,\) for query embeddings of shape \(3, 4\)"),
+        ({"exclude_ids": [[1], [2]]}, ValueError, r"shape \(2, 1\)"),
+        ({"exclude_ids": [[1], [2], [2**32 + 5]]}, ValueError, "`exclude_ids` must lie in"),
+        ({"exclude_ids": [["a"], ["b"], ["c"]]}, TypeError, "`exclude_ids` must be integers"),
+        ({"exclude_ids": [[1], [2, 3], []]}, TypeError, "Pass rows of one length"),
+        ({"query_embeddings": np.ones((3, 5))}, ValueError, r"\(batch, 4\)"),
+    ],
+)
+def test_bad_arguments_of_a_search(arguments, error, words):
+    index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
+    queries = np.ones((3, 4), "float32")
+    with pytest.raises(error, match=words):
+        index.ranks(**{"query_embeddings": queries, "candidate_ids": [1, 2, 3], **arguments})
+    if "candidate_ids" not in arguments:
+        with pytest.raises(error, match=words):
+            index(**{"query_embeddings": queries, **arguments})
+
+
 # The tie.
 
 
@@ -200,11 +286,7 @@ def test_fit_and_predict_are_those_of_one_device(distribution, mesh_axis):
     expected = fitted_model()
     expected_ids = predictions(expected)
     keras.distribution.set_distribution(distribution)
-    if mesh_axis and distribution is not None and NUM_MOVIES % distribution.num_model_replicas:
-        with pytest.warns(UserWarning, match=r"40 rows for 3 devices.*up to 42"):
-            model = fitted_model(mesh_axis=mesh_axis)
-    else:
-        model = fitted_model(mesh_axis=mesh_axis)
+    model = fitted_model(mesh_axis=mesh_axis)
     np.testing.assert_allclose(model.history.history["loss"], expected.history.history["loss"], rtol=1e-5)
     np.testing.assert_array_equal(predictions(model), expected_ids)
     np.testing.assert_array_equal(predictions(model), expected_predictions(model))
@@ -519,9 +601,7 @@ def test_the_index_of_a_feature_tower_is_saved(tmp_path, rng, on):
     model.save(tmp_path / "model.keras")
     for load_on in LOADED_ON.values():
         keras.distribution.set_distribution(load_on())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The rows of a table must divide")
-            loaded = keras.models.load_model(tmp_path / "model.keras").get_layer("index")
+        loaded = keras.models.load_model(tmp_path / "model.keras").get_layer("index")
         np.testing.assert_array_equal(loaded(queries), expected)
         with pytest.raises(ValueError, match="inputs are not saved with the index"):
             loaded.refresh()
@@ -536,8 +616,10 @@ def test_a_failed_refresh_leaves_the_index_whole(rng):
     before = np.asarray(index(queries))
     with pytest.raises(ValueError, match="NaN or infinity for candidate 1"):
         index.refresh(np.r_[3, 99, np.arange(38)])
-    with pytest.raises(ValueError, match="keeps its number of candidates"):
-        index.refresh(np.arange(20))
+    with pytest.raises(ValueError, match="k=5 for 3 candidates"):
+        index.refresh(np.arange(3))
+    with pytest.raises(ValueError, match="An index without ids"):
+        index.refresh(np.arange(20), np.arange(20))
     tower.layers[-1].kernel.assign(np.full((8, DIMENSION), np.nan))
     with pytest.raises(ValueError, match="NaN or infinity for candidate 0"):
         index.refresh()
@@ -549,11 +631,51 @@ def test_an_index_over_a_feature_tower_may_be_updated(rng):
     table, queries = rng.normal(size=(40, DIMENSION)), rng.normal(size=(3, DIMENSION)).astype("float32")
     index.update_candidates(table, np.arange(40) + 100)
     np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
-    with pytest.raises(ValueError, match="keeps its number of candidates"):
+    with pytest.raises(ValueError, match="candidate_ids=None for 20 candidates instead of 40"):
         index.update_candidates(table[:20])
+    with pytest.raises(ValueError, match="keeps its dimension"):
+        index.update_candidates(np.ones((40, DIMENSION + 1)))
     with pytest.raises(ValueError, match="NaN or infinity for candidate 39"):
         index.update_candidates(np.r_[table[:39], [[np.nan] * DIMENSION]])
     np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
+
+
+@pytest.mark.parametrize("on", LOADED_ON)
+@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+def test_a_corpus_may_grow_and_shrink(tmp_path, rng, on, mesh_axis):
+    keras.distribution.set_distribution(LOADED_ON[on]())
+    inputs = keras.Input((DIMENSION,))
+    table = keras.layers.Embedding(40, DIMENSION, embeddings_initializer="normal")
+    tower = keras.Sequential([table])
+    index = shard_candidates(
+        brute_force(name="index"), tower, candidates=np.arange(7), candidate_ids=np.arange(7) + 100, exclude_ids=[106],
+        mesh_axis=mesh_axis,
+    )  # fmt: skip
+    model = keras.Model(inputs, index(inputs))
+    queries = rng.normal(size=(24, DIMENSION)).astype("float32")
+    for num_candidates in (7, 29, 40, 6):
+        index.refresh(np.arange(num_candidates), np.arange(num_candidates) + 100)
+        embeddings = np.asarray(table.embeddings.value)[:num_candidates]
+        _, expected = reference.top_k(queries, embeddings, 5, ids=range(100, 100 + num_candidates), exclude_ids=[106])
+        np.testing.assert_array_equal(model.predict(queries, batch_size=24, verbose=0), expected)
+        np.testing.assert_array_equal(index.ranks(queries, expected[:, 3]), [3] * 24)
+        assert index.candidate_embeddings.shape == (num_candidates, DIMENSION)
+    model.save(tmp_path / "model.keras")
+    assert (6, DIMENSION) in saved_arrays(tmp_path / "model.keras", tmp_path)
+    keras.distribution.set_distribution(data_parallel(8))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(queries, batch_size=24, verbose=0), expected)
+
+
+def test_a_large_refresh_shows_its_progress(capsys, monkeypatch):
+    monkeypatch.setattr("keras_rs_contrib.retrieval.REFRESH_BLOCK_SIZE", 2)
+    index = shard_candidates(brute_force(), feature_tower(), candidates=np.arange(32))
+    index.refresh(np.arange(32))
+    assert capsys.readouterr().out == ""
+    index.refresh(np.arange(33))
+    assert "33/33" in capsys.readouterr().out
+    index.refresh(np.arange(33), verbose=0)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_constructor_checks_ids_too():
@@ -593,6 +715,9 @@ def test_ids_are_checked_also_where_an_index_has_no_table_yet(rng):
         ({"candidate_ids": np.arange(10.0)}, TypeError, "float64"),
         ({"candidate_ids": np.zeros(10, int)}, ValueError, "0 for 10 candidates"),
         ({"similarity": "euclidean"}, ValueError, "euclidean"),
+        ({"block_size": 0}, ValueError, "block_size=0"),
+        ({"recall_target": 1.5}, ValueError, "recall_target=1.5"),
+        ({"recall_target": "high"}, ValueError, "recall_target='high'"),
         ({"candidates": np.arange(10)}, ValueError, "Drop `candidates`"),
         ({"tower": keras.layers.Dense(4)}, ValueError, "a Dense and candidates=None"),
         ({"tower": lambda x: x}, TypeError, "must be a Keras layer"),

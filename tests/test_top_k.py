@@ -1,13 +1,17 @@
+import functools
 import re
 
 import jax
 import numpy as np
 import pytest
 import reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_rs_contrib import top_k
+from keras_rs_contrib import top_k as searches
 from keras_rs_contrib.distribution import TableLayout
+from keras_rs_contrib.top_k import Search
 
 # Mesh shape, mesh axes, and the axis that splits the rows of the table.
 LAYOUTS = {
@@ -26,11 +30,25 @@ def layout_of(name):
     return TableLayout(Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), axes), axes[0], row_axis)
 
 
+def layout_of_shards(num_shards, over_batch_axis):
+    if num_shards == 1:
+        return None
+    devices = np.array(jax.devices()[:num_shards])
+    if over_batch_axis:
+        return TableLayout(Mesh(devices, ("batch",)), "batch", "batch")
+    return TableLayout(Mesh(devices.reshape(1, num_shards), ("batch", "model")), "batch", "model")
+
+
 def placed(layout, queries, table):
     return (
         jax.device_put(queries, NamedSharding(layout.mesh, PartitionSpec(layout.batch_axis, None))),
         jax.device_put(table, NamedSharding(layout.mesh, PartitionSpec(layout.row_axis, None))),
     )
+
+
+def padded(table, num_shards, value=7.0):
+    """The table as it lies on a mesh, with rows that would often win if they were looked at."""
+    return np.pad(table, ((0, -len(table) % num_shards), (0, 0)), constant_values=value)
 
 
 def small_integers(rng, *shape):
@@ -42,10 +60,10 @@ def small_integers(rng, *shape):
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_top_k_is_that_of_a_sort(rng, k, similarity):
     queries, table = rng.normal(size=(7, 4)), rng.normal(size=(40, 4))
-    expected_scores, expected_rows = reference.top_k(queries, table, k, similarity=similarity)
-    scores, rows = top_k.top_k(queries, table, k, similarity)
-    assert (scores.dtype, rows.dtype) == (np.float32, np.int32)
-    np.testing.assert_array_equal(rows, expected_rows)
+    expected_scores, expected_ids = reference.top_k(queries, table, k, similarity=similarity)
+    scores, ids = searches.top_k(queries, table, k, Search(40, similarity))
+    assert (scores.dtype, ids.dtype) == (np.float32, np.int32)
+    np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
 
 
@@ -54,21 +72,22 @@ def test_top_k_is_that_of_a_sort(rng, k, similarity):
 def test_ties_rank_by_lower_row_on_any_number_of_shards(rng, name, k):
     layout = layout_of(name)
     queries, table = small_integers(rng, 8, 3), small_integers(rng, 40, 3)
-    expected_scores, expected_rows = reference.top_k(queries, table, k)
-    scores, rows = top_k.distributed_top_k(*placed(layout, queries, table), k, layout)
-    np.testing.assert_array_equal(rows, expected_rows)
+    expected_scores, expected_ids = reference.top_k(queries, table, k)
+    scores, ids = searches.top_k(*placed(layout, queries, table), k, Search(40, layout=layout))
+    np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(scores, expected_scores)
     assert scores.sharding.spec[0] == layout.batch_axis
 
 
+# Of 4 rows one level is searched, of 40,000 two.
 @pytest.mark.parametrize("num_rows", [4, 40_000])
 def test_negative_zero_ties_with_zero(num_rows):
     """A product with a negative factor gives -0.0, which XLA's top-k would put below 0.0 in either of its forms."""
     table = np.zeros((num_rows, 1), "float32")
     table[0] = -0.0
     for query in (1.0, -1.0):
-        _, rows = top_k.top_k(np.array([[query]], "float32"), table, 3)
-        np.testing.assert_array_equal(rows, [[0, 1, 2]])
+        _, ids = searches.top_k(np.array([[query]], "float32"), table, 3, Search(num_rows))
+        np.testing.assert_array_equal(ids, [[0, 1, 2]])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -76,9 +95,9 @@ def test_excluded_rows_are_left_out(rng, name):
     layout = layout_of(name)
     queries, table = small_integers(rng, 8, 3), small_integers(rng, 40, 3)
     excluded = rng.random(40) < 0.5
-    expected_scores, expected_rows = reference.top_k(queries, table, 5, exclude_ids=np.flatnonzero(excluded))
-    scores, rows = top_k.distributed_top_k(*placed(layout, queries, table), 5, layout, excluded=excluded)
-    np.testing.assert_array_equal(rows, expected_rows)
+    expected_scores, expected_ids = reference.top_k(queries, table, 5, exclude_ids=np.flatnonzero(excluded))
+    scores, ids = searches.top_k(*placed(layout, queries, table), 5, Search(40, layout=layout), excluded=excluded)
+    np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(scores, expected_scores)
 
 
@@ -86,15 +105,230 @@ def test_excluded_rows_are_left_out(rng, name):
 def test_queries_need_not_divide_over_the_devices(rng, num_queries):
     layout = layout_of("rows over the other axis")
     queries, table = small_integers(rng, num_queries, 3), small_integers(rng, 40, 3)
-    _, rows = top_k.distributed_top_k(queries, table, 5, layout)
-    np.testing.assert_array_equal(rows, reference.top_k(queries, table, 5)[1])
+    exclude_ids = rng.integers(-1, 40, (num_queries, 3)).astype("int32")
+    search = Search(40, layout=layout)
+    _, ids = searches.top_k(queries, table, 5, search, exclude_ids=exclude_ids)
+    np.testing.assert_array_equal(ids, reference.top_k(queries, table, 5, exclude_ids_by_query=exclude_ids)[1])
+    ranks = searches.ranks(queries, table, ids[:, 2], search, exclude_rows=exclude_ids)
+    np.testing.assert_array_equal(ranks, [2] * num_queries)
 
 
-def collectives(name):
+# Against the reference, at random.
+
+
+def embeddings(values):
+    return st.tuples(st.integers(1, 9), st.integers(1, 60), st.integers(1, 3)).flatmap(
+        lambda sizes: st.tuples(
+            *(
+                st.lists(st.lists(values, min_size=sizes[2], max_size=sizes[2]), min_size=n, max_size=n).map(
+                    functools.partial(np.array, dtype="float32")
+                )
+                for n in sizes[:2]
+            )
+        )
+    )
+
+
+# Few values, so that scores are exact and often equal; with infinities, also -inf and what is no number.
+FINITE, INFINITE = st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0]), st.sampled_from([-np.inf, -1.0, 0.0, 1.0, np.inf])
+
+
+@st.composite
+def cases(draw, values):
+    queries, table = draw(embeddings(values))
+    num_candidates = len(table)
+    ids = draw(st.one_of(st.none(), st.permutations(range(5, 5 + num_candidates))))
+    known = list(range(num_candidates)) if ids is None else ids
+    if draw(st.booleans()):
+        exclude_ids = None
+    else:
+        # Duplicates, unknown ids, none, and at times everything.
+        choices = st.sampled_from([*known, -1, 10_000])
+        width = draw(st.integers(0, 4))
+        rows = st.one_of(st.lists(choices, min_size=width, max_size=width))
+        exclude_ids = np.array([draw(rows) for _ in queries], "int32").reshape(len(queries), width)
+        if draw(st.booleans()):
+            exclude_ids = np.concatenate([exclude_ids, np.tile(np.array(known, "int32"), (len(queries), 1))], axis=1)
+    k = draw(st.sampled_from([1, min(7, num_candidates), num_candidates]))
+    return queries, table, k, ids, exclude_ids
+
+
+def check_against_the_reference(case, num_shards, over_batch_axis, block_size, excluded_rows=None):
+    queries, table, k, ids, exclude_ids = case
+    num_candidates = len(table)
+    known = np.arange(num_candidates, dtype="int32") if ids is None else np.array(ids, "int32")
+    excluded = None
+    if excluded_rows is not None:
+        excluded = padded(excluded_rows[:, None], num_shards, True)[:, 0]
+    left_out = set() if excluded_rows is None else set(known[excluded_rows].tolist())
+    arguments = {"ids": known.tolist(), "exclude_ids": left_out, "exclude_ids_by_query": exclude_ids}
+    search = Search(num_candidates, block_size=block_size, layout=layout_of_shards(num_shards, over_batch_axis))
+    on_mesh = padded(table, num_shards)
+    candidate_ids = None if ids is None else known
+    scores, found = searches.top_k(queries, on_mesh, k, search, candidate_ids, exclude_ids, excluded)
+    expected_scores, expected_ids = reference.top_k(queries, table, k, **arguments)
+    np.testing.assert_array_equal(found, expected_ids)
+    np.testing.assert_array_equal(scores, expected_scores)
+    targets = np.arange(len(queries)) % num_candidates
+    exclude_rows = None
+    if exclude_ids is not None:
+        row_of = {candidate_id: row for row, candidate_id in enumerate(known.tolist())}
+        exclude_rows = np.vectorize(lambda i: row_of.get(i, -1), otypes=["int32"])(exclude_ids)
+        # The rank of what is excluded is the caller's affair.
+        keep = ~(exclude_rows == targets[:, None]).any(axis=1)
+    else:
+        keep = np.ones(len(queries), bool)
+    if excluded_rows is not None:
+        keep &= ~excluded_rows[targets]
+    ranks = searches.ranks(queries, on_mesh, targets.astype("int32"), search, exclude_rows, excluded)
+    expected_ranks = np.array(reference.ranks(queries, table, known[targets].tolist(), **arguments))
+    np.testing.assert_array_equal(np.asarray(ranks)[keep], expected_ranks[keep])
+
+
+RANDOM = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("values", [FINITE, INFINITE], ids=["finite", "infinite"])
+@pytest.mark.parametrize(("num_shards", "over_batch_axis"), [(1, False), (2, True), (3, False), (5, True), (8, False)])
+def test_lists_and_ranks_are_those_of_a_sort(values, num_shards, over_batch_axis):
+    @RANDOM
+    @given(cases(values), st.sampled_from([1, 100, 2**26]))
+    def check(case, block_size):
+        check_against_the_reference(case, num_shards, over_batch_axis, block_size)
+
+    check()
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+def test_lists_and_ranks_without_excluded_rows_are_those_of_a_sort(num_shards):
+    @RANDOM
+    @given(cases(INFINITE), st.integers(0, 2**32 - 1))
+    def check(case, seed):
+        excluded = np.random.default_rng(seed).random(len(case[1])) < 0.4
+        check_against_the_reference(case, num_shards, False, 2**26, excluded)
+
+    check()
+
+
+@pytest.mark.parametrize("num_rows", [2_999, 5_000])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("k", [1, 10, 60])
+@pytest.mark.parametrize("no_number", [False, True])
+def test_the_search_in_two_levels_is_that_of_a_sort(rng, num_rows, num_shards, k, no_number):
+    """Groups, what is left after the last whole one, many ties, and the way around scores that are no numbers."""
+    queries, table = small_integers(rng, 70, 3), small_integers(rng, num_rows, 3)
+    queries[1] = 0.0
+    if no_number:
+        table[rng.choice(num_rows, 200, replace=False), 1] = np.inf
+    with np.errstate(invalid="ignore"):
+        keys = queries.astype("float64") @ table.T.astype("float64")
+    keys = np.where(np.isnan(keys), -np.inf, keys)
+    expected = np.argsort(-keys, axis=1, kind="stable")[:, :k]
+    search = Search(num_rows, layout=layout_of_shards(num_shards, False))
+    on_mesh = padded(table, num_shards)
+    scores, ids = searches.top_k(queries, on_mesh, k, search)
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(keys, expected, axis=1))
+    ranks = searches.ranks(queries, on_mesh, expected[:, k - 1].astype("int32"), search)
+    np.testing.assert_array_equal(ranks, [k - 1] * 70)
+    excluded = rng.random(num_rows) < 0.5
+    keys[:, excluded] = -np.inf
+    _, ids = searches.top_k(queries, on_mesh, k, search, excluded=padded(excluded[:, None], num_shards, True)[:, 0])
+    expected = np.stack([[row for row in np.argsort(-line, kind="stable") if not excluded[row]][:k] for line in keys])
+    np.testing.assert_array_equal(ids, expected)
+
+
+def test_ranks_agree_with_lists_where_scores_are_rounded(rng):
+    queries, table = rng.normal(size=(70, 16)).astype("float32"), rng.normal(size=(2_003, 16)).astype("float32")
+    # Equal rows score equally, wherever they are.
+    table[1_500:1_800] = table[:300]
+    for num_shards in (1, 3):
+        search = Search(2_003, layout=layout_of_shards(num_shards, True))
+        on_mesh = padded(table, num_shards)
+        _, ids = searches.top_k(queries, on_mesh, 300, search)
+        for place in (0, 1, 50, 299):
+            np.testing.assert_array_equal(searches.ranks(queries, on_mesh, ids[:, place], search), [place] * 70)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_query_that_is_no_number_spoils_no_other(rng, num_shards):
+    queries, table = small_integers(rng, 5, 3), small_integers(rng, 2_000, 3)
+    queries[2, 1] = np.nan
+    search = Search(2_000, layout=layout_of_shards(num_shards, True))
+    on_mesh = padded(table, num_shards)
+    scores, ids = searches.top_k(queries, on_mesh, 5, search)
+    expected_scores, expected_ids = reference.top_k(queries, table, 5)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_array_equal(scores, expected_scores)
+    assert np.isnan(np.asarray(scores)[2]).all()
+    ranks = searches.ranks(queries, on_mesh, np.maximum(expected_ids[:, 3], 0), search)
+    np.testing.assert_array_equal(ranks, [3, 3, 2_000, 3, 3])
+
+
+@pytest.mark.parametrize("num_excluded", [3, searches.MAX_COMPARED_IDS + 1])
+def test_many_ids_may_be_excluded(rng, num_excluded):
+    queries, table = small_integers(rng, 4, 3), small_integers(rng, 600, 3)
+    exclude_ids = rng.integers(-1, 600, (4, num_excluded)).astype("int32")
+    _, ids = searches.top_k(queries, table, 10, Search(600), exclude_ids=exclude_ids)
+    np.testing.assert_array_equal(ids, reference.top_k(queries, table, 10, exclude_ids_by_query=exclude_ids)[1])
+
+
+def test_bfloat16_tables_lose_nothing_but_what_the_inputs_lost(rng):
+    """Sums in bfloat16 would round these near-ties to one score."""
+    table = jax.numpy.asarray(1 + rng.integers(-3, 4, (500, 64)) / 128, "bfloat16")
+    queries = rng.normal(size=(6, 64)).astype("float32")
+    exact = np.asarray(table).astype("float64")
+    keys = queries.astype("float64") @ exact.T
+    assert np.diff(np.sort(keys, axis=1)).min() < 1e-3
+    scores, ids = searches.top_k(queries, table, 20, Search(500))
+    np.testing.assert_allclose(scores, -np.sort(-keys, axis=1)[:, :20], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.take_along_axis(keys, np.asarray(ids), axis=1), scores, rtol=0, atol=2e-5)
+    for similarity in ("dot", "cosine"):
+        whole = searches.top_k(queries, table, 20, Search(500, similarity))
+        in_parts = searches.top_k(queries, table, 20, Search(500, similarity, block_size=64 * 70))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, in_parts)
+
+
+def test_recall_target_is_for_accelerators_that_have_the_operation(rng, monkeypatch):
+    queries, table = rng.normal(size=(4, 8)).astype("float32"), rng.normal(size=(4_000, 8)).astype("float32")
+    search = Search(4_000, recall_target=0.9)
+    assert "approx_top_k" not in str(jax.make_jaxpr(lambda q, t: searches.top_k(q, t, 10, search))(queries, table))
+    _, exact = searches.top_k(queries, table, 10, search)
+    np.testing.assert_array_equal(exact, reference.top_k(queries, table, 10)[1])
+    monkeypatch.setattr(searches, "_platform", lambda search: "tpu")
+    jax.clear_caches()
+    assert "approx_top_k" in str(jax.make_jaxpr(lambda q, t: searches.top_k(q, t, 10, search))(queries, table))
+    _, found = searches.top_k(queries, table, 10, search)
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(np.asarray(found), np.asarray(exact), strict=True)]) > 0.8
+    jax.clear_caches()
+
+
+# What it costs.
+
+
+def memory(function, *arguments, **keywords):
+    return function.lower(*arguments, **keywords).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_bounded_by_the_block():
+    queries, table = jax.ShapeDtypeStruct((1024, 32), "float32"), jax.ShapeDtypeStruct((100_003, 32), "float32")
+    targets, exclude = jax.ShapeDtypeStruct((1024,), "int32"), jax.ShapeDtypeStruct((1024, 20), "int32")
+    for block_size in (2**20, 2**22):
+        search = Search(100_003, block_size=block_size)
+        for keywords in ({}, {"exclude_ids": exclude}):
+            assert memory(searches.top_k, queries, table, 10, search, **keywords) < 4 * 1.3 * block_size
+        assert memory(searches.ranks, queries, table, targets, search, exclude) < 4 * 2.3 * block_size
+    converted = jax.ShapeDtypeStruct((100_003, 32), "bfloat16")
+    assert memory(searches.top_k, queries, converted, 10, Search(100_003, block_size=2**20)) < 4 * 4 * 2**20
+
+
+def collectives(function, name, *arguments):
     """Shapes of what travels between the devices, as `(operation, [dimensions])`."""
     layout = layout_of(name)
     queries, table = placed(layout, np.ones((32, 16), "float32"), np.ones((4000, 16), "float32"))
-    text = top_k.distributed_top_k.lower(queries, table, 5, layout).compile().as_text()
+    text = function.lower(queries, table, *arguments, Search(4000, layout=layout)).compile().as_text()
     text = re.sub(r"/\*.*?\*/", "", text)
     operations = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     found = re.findall(rf"= (\(?[^=]*?\)?) ({operations})(?:-start)?\(", text)
@@ -105,16 +339,21 @@ def collectives(name):
     ]
 
 
+def collectives_of_ranks(name):
+    return collectives(searches.ranks, name, np.zeros(32, "int32"))
+
+
 @pytest.mark.parametrize("name", ["replicated", "replicated on two axes"])
 def test_a_replicated_table_needs_no_traffic(name):
-    assert collectives(name) == []
+    assert collectives(searches.top_k, name, 5) == []
+    assert collectives_of_ranks(name) == []
 
 
 @pytest.mark.parametrize("name", ["rows over the other axis", "5 shards"])
 def test_only_k_pairs_a_query_and_shard_travel(name):
     shape, _, _ = LAYOUTS[name]
     queries_a_device, num_shards = 32 // shape[0], shape[1]
-    found = collectives(name)
+    found = collectives(searches.top_k, name, 5)
     assert found
     for operation, dims in found:
         assert operation == "all-gather"
@@ -122,9 +361,19 @@ def test_only_k_pairs_a_query_and_shard_travel(name):
 
 
 def test_one_axis_for_queries_and_rows_moves_queries_and_pairs_alone():
-    found = collectives("rows over the batch axis")
+    found = collectives(searches.top_k, "rows over the batch axis", 5)
     assert {operation for operation, _ in found} == {"all-gather", "all-to-all"}
     assert [dims for operation, dims in found if operation == "all-gather"] == [[32, 16]]
     for operation, dims in found:
         if operation == "all-to-all":
             assert np.prod(dims) <= 32 * 5
+
+
+@pytest.mark.parametrize("name", ["rows over the other axis", "rows over the batch axis"])
+def test_ranks_move_the_score_and_the_count_of_each_query(name):
+    found = collectives_of_ranks(name)
+    gathered = [dims for operation, dims in found if operation == "all-gather"]
+    assert sorted(gathered) == ([[32], [32, 16]] if name == "rows over the batch axis" else [])
+    others = [dims for operation, dims in found if operation != "all-gather"]
+    assert len(others) == 2
+    assert all(np.prod(dims) <= 32 for dims in others)

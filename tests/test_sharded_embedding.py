@@ -1,0 +1,255 @@
+import zipfile
+
+import h5py
+import jax
+import keras
+import keras_rs
+import numpy as np
+import pytest
+import reference
+from conftest import data_parallel, model_parallel
+
+from keras_rs_contrib import DistributedTwoTowerTask, ShardedEmbedding, shard_candidates
+from keras_rs_contrib.padded_variable import PaddedVariable
+
+# As many as there are in MovieLens 100K, and a row for none: they divide by 3 and by 9, and by no power of 2.
+NUM_USERS, NUM_MOVIES, DIMENSION = 48, 1683, 4
+MESHES = {
+    "1 device": (lambda: None, None, 1),
+    "DataParallel(2)": (lambda: data_parallel(2), "batch", 2),
+    "DataParallel(3)": (lambda: data_parallel(3), "batch", 3),
+    "DataParallel(8)": (lambda: data_parallel(8), "batch", 8),
+    "ModelParallel(2x4), by axis": (lambda: model_parallel((2, 4), "none"), "model", 4),
+    "ModelParallel(2x4), by the batch axis": (lambda: model_parallel((2, 4), "none"), "batch", 2),
+    "ModelParallel(2x4), by layout map": (lambda: model_parallel((2, 4), ".*movie.*embeddings"), None, 4),
+}
+
+
+def set_mesh(name):
+    distribution, mesh_axis, num_shards = MESHES[name]
+    keras.distribution.set_distribution(distribution())
+    return mesh_axis, num_shards
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Model(keras.Model):
+    """The tutorial's model, as a user writes it."""
+
+    def __init__(self, mesh_axis=None, **kwargs):
+        super().__init__(**kwargs)
+        self.mesh_axis = mesh_axis
+        self.user_embedding = keras.layers.Embedding(NUM_USERS, DIMENSION, name="user")
+        self.movie_embedding = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie")
+        retrieval = keras_rs.layers.BruteForceRetrieval(k=5, return_scores=False)
+        self.retrieval = shard_candidates(retrieval, self.movie_embedding, exclude_ids=[0], mesh_axis=mesh_axis)
+        self.task = DistributedTwoTowerTask()
+
+    def call(self, user_ids, training=False):
+        user_embeddings = self.user_embedding(user_ids)
+        result = {"user_embeddings": user_embeddings}
+        if not training:
+            result["predictions"] = self.retrieval(user_embeddings)
+        return result
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return self.task(y_pred["user_embeddings"], self.movie_embedding(y["movie_id"]), labels=y["rating"])
+
+    def get_config(self):
+        return {**super().get_config(), "mesh_axis": self.mesh_axis}
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, NUM_USERS, 192).astype("int32")
+    # The last row, next to the padding, is trained too.
+    y = {"movie_id": rng.integers(1, NUM_MOVIES, 192), "rating": rng.random(192).astype("float32")}
+    y["movie_id"][::7] = NUM_MOVIES - 1
+    return x, {**y, "movie_id": y["movie_id"].astype("int32")}
+
+
+def compiled_model(optimizer="adagrad", mesh_axis=None):
+    keras.utils.set_random_seed(0)
+    model = Model(mesh_axis=mesh_axis)
+    model.compile(keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.5}}))
+    return model
+
+
+def fit(model, epochs=2):
+    return model.fit(*data(), batch_size=48, epochs=epochs, shuffle=False, verbose=0).history["loss"]
+
+
+def predictions(model):
+    users = np.arange(NUM_USERS, dtype="int32")
+    return model.predict(users, batch_size=NUM_USERS, verbose=0)["predictions"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_training_and_predictions_are_those_of_a_whole_table(mesh, optimizer):
+    expected = compiled_model(optimizer)
+    expected_losses, expected_predictions = fit(expected), predictions(expected)
+    mesh_axis, num_shards = set_mesh(mesh)
+    model = compiled_model(optimizer, mesh_axis)
+    np.testing.assert_allclose(fit(model), expected_losses, rtol=1e-5)
+    np.testing.assert_array_equal(predictions(model), expected_predictions)
+    np.testing.assert_allclose(
+        model.movie_embedding.get_weights()[0], expected.movie_embedding.get_weights()[0], rtol=1e-4, atol=1e-6
+    )
+    rows_a_device = -(-NUM_MOVIES // num_shards)
+    slots = [v for v in model.optimizer.variables if v.shape == (NUM_MOVIES, DIMENSION)]
+    assert slots
+    for variable in [model.movie_embedding.embeddings, *slots]:
+        assert variable.value.addressable_shards[0].data.shape == (rows_a_device, DIMENSION)
+        assert variable.numpy().shape == (NUM_MOVIES, DIMENSION)
+
+
+@pytest.mark.parametrize("saved_on", ["DataParallel(8)", "ModelParallel(2x4), by layout map"])
+@pytest.mark.parametrize("loaded_on", MESHES)
+def test_training_goes_on_where_it_stopped_on_another_mesh(tmp_path, saved_on, loaded_on):
+    whole = compiled_model()
+    fit(whole)
+    expected_losses, expected_predictions = fit(whole), predictions(whole)
+    mesh_axis, _ = set_mesh(saved_on)
+    model = compiled_model(mesh_axis=mesh_axis)
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    _, num_shards = set_mesh(loaded_on)
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(fit(loaded), expected_losses, rtol=1e-5)
+    np.testing.assert_array_equal(predictions(loaded), expected_predictions)
+    # The file names the axis that it was saved with; another mesh may have no such axis.
+    rows = loaded.movie_embedding.embeddings.value.addressable_shards[0].data.shape[0]
+    axes = None if keras.distribution.distribution() is None else keras.distribution.distribution().device_mesh
+    if axes is not None and (mesh_axis in axes.axis_names or MESHES[loaded_on][1] is None):
+        shards = num_shards if mesh_axis is None else axes.shape[axes.axis_names.index(mesh_axis)]
+        assert rows == -(-NUM_MOVIES // shards)
+
+
+def test_padding_is_in_no_file(tmp_path):
+    set_mesh("DataParallel(8)")
+    model = compiled_model(mesh_axis="batch")
+    fit(model, epochs=1)
+    assert model.movie_embedding.embeddings.value.shape == (1688, DIMENSION)
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        file.extract("model.weights.h5", tmp_path)
+    shapes = []
+    with h5py.File(tmp_path / "model.weights.h5") as weights:
+        weights.visititems(lambda _, item: shapes.append(item.shape) if isinstance(item, h5py.Dataset) else None)
+    assert sorted(shape[0] for shape in shapes if len(shape) == 2) == [48, 48, 1683, 1683]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_functional_model_traces_with_an_unknown_batch_size(tmp_path, rng, mesh):
+    mesh_axis, num_shards = set_mesh(mesh)
+    queries, movies = keras.Input((DIMENSION,)), keras.Input((), dtype="int32")
+    tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie_tower")
+    retrieval = keras_rs.layers.BruteForceRetrieval(k=5, name="index")
+    index = shard_candidates(retrieval, tower, mesh_axis=mesh_axis)
+    model = keras.Model([queries, movies], [*index(queries), tower(movies)])
+    assert [output.shape for output in model.outputs] == [(None, 5), (None, 5), (None, DIMENSION)]
+    x = [rng.normal(size=(24, DIMENSION)).astype("float32"), rng.integers(0, NUM_MOVIES, 24).astype("int32")]
+    _scores, ids, embeddings = model.predict(x, batch_size=24, verbose=0)
+    table = tower.embeddings.numpy()
+    np.testing.assert_array_equal(ids, reference.top_k(x[0], table, 5)[1])
+    np.testing.assert_array_equal(embeddings, table[x[1]])
+    assert tower.embeddings.value.addressable_shards[0].data.shape[0] == -(-NUM_MOVIES // num_shards)
+    model.save(tmp_path / "model.keras")
+    for other in MESHES:
+        set_mesh(other)
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        jax.tree.map(np.testing.assert_array_equal, loaded.predict(x, batch_size=24, verbose=0)[1], ids)
+
+
+# The layer.
+
+
+def test_it_is_an_embedding_on_one_device(rng):
+    table = rng.normal(size=(5, 3)).astype("float32")
+    layer = ShardedEmbedding(5, 3, weights=table, mask_zero=True)
+    np.testing.assert_array_equal(layer(np.array([[4, 0]])), table[[[4, 0]]])
+    np.testing.assert_array_equal(layer.compute_mask(np.array([4, 0])), [True, False])
+    copy = ShardedEmbedding.from_config(layer.get_config())
+    assert copy.mask_zero
+    assert not isinstance(layer.embeddings, PaddedVariable)
+
+
+def test_ids_out_of_range_are_those_of_a_plain_embedding():
+    plain = keras.layers.Embedding(5, 3, embeddings_initializer="normal")
+    ids = np.array([0, 4, 5, 6, 7, 8, 100, -1, -5, -6, -7])
+    expected = np.asarray(plain(ids))
+    keras.distribution.set_distribution(data_parallel(8))
+    layer = ShardedEmbedding(5, 3, mesh_axis="batch", weights=plain.get_weights()[0])
+    assert layer.embeddings.value.shape == (8, 3)
+    np.testing.assert_array_equal(layer(ids), expected)
+    assert np.isnan(expected).any()
+
+
+def test_weights_are_those_without_padding(rng):
+    keras.distribution.set_distribution(data_parallel(8))
+    layer = ShardedEmbedding(5, 3, mesh_axis="batch")
+    layer.build()
+    table = rng.normal(size=(5, 3)).astype("float32")
+    layer.set_weights([table])
+    np.testing.assert_array_equal(layer.get_weights()[0], table)
+    np.testing.assert_array_equal(np.asarray(layer.embeddings), table)
+    np.testing.assert_array_equal(np.asarray(layer.embeddings.value)[5:], 0)
+    layer.embeddings.assign(2 * table)
+    np.testing.assert_array_equal(layer.get_weights()[0], 2 * table)
+    assert layer.count_params() == 15
+    with pytest.raises(ValueError, match="must match"):
+        layer.embeddings.assign(np.ones((4, 2)))
+    with pytest.raises(ValueError, match="must match"):
+        layer.embeddings.assign(np.ones((6, 3)))
+    np.testing.assert_array_equal(layer.get_weights()[0], 2 * table)
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    def initial():
+        layer = ShardedEmbedding(
+            5, 3, mesh_axis="batch", embeddings_initializer=keras.initializers.RandomUniform(seed=7)
+        )
+        layer.build()
+        return layer.get_weights()[0]
+
+    expected = initial()
+    for num_devices in (2, 8):
+        keras.distribution.set_distribution(data_parallel(num_devices))
+        np.testing.assert_array_equal(initial(), expected)
+
+
+def test_early_stopping_restores_the_best_weights():
+    set_mesh("DataParallel(8)")
+    model = compiled_model(mesh_axis="batch")
+    stop = keras.callbacks.EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True)
+    model.fit(*data(), batch_size=48, epochs=5, shuffle=False, verbose=0, callbacks=[stop])
+    assert stop.stopped_epoch > 0
+    fit(model, epochs=1)
+
+
+def test_what_needs_rows_that_divide_says_so():
+    keras.distribution.set_distribution(data_parallel(8))
+    layer = ShardedEmbedding(5, 3, mesh_axis="batch")
+    layer.build()
+    with pytest.raises(ValueError, match="LoRA needs a table whose rows divide.*5 rows, 8 on the mesh"):
+        layer.enable_lora(2)
+    with pytest.raises(ValueError, match="Quantization needs a table whose rows divide"):
+        layer.quantize("int8")
+
+
+@pytest.mark.parametrize("make", [keras.layers.Embedding, lambda *a: type("Own", (keras.layers.Embedding,), {})(*a)])
+def test_a_table_that_cannot_be_padded_is_refused_with_the_cure(make):
+    keras.distribution.set_distribution(data_parallel(8))
+    tower = make(9, 3)
+    tower.build((None,))
+    values = tower.get_weights()[0]
+    with pytest.raises(ValueError, match=r"9 rows.*before the tower is first used.*ShardedEmbedding.*16 rows"):
+        shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), tower, mesh_axis="batch")
+    np.testing.assert_array_equal(tower.get_weights()[0], values)
+
+
+def test_slots_of_other_variables_are_keras_own():
+    variable = keras.Variable(np.ones((5, 3)))
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([variable])
+    assert not any(isinstance(slot, PaddedVariable) for slot in optimizer.variables)
