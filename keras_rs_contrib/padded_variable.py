@@ -76,6 +76,7 @@ class PaddedShape(tuple[int, ...]):
     with_padding: tuple[int, ...]
 
     def __new__(cls, shape: tuple[int, ...], num_rows_on_mesh: int) -> PaddedShape:
+        """Returns the shape."""
         self = super().__new__(cls, shape)
         self.with_padding = (num_rows_on_mesh, *shape[1:])
         return self

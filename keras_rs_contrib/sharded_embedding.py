@@ -69,25 +69,17 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
 
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Adds a low-rank update to the table, whose rows must divide."""
-        self._check_not_padded("LoRA")
+        if isinstance(self._embeddings, PaddedVariable):
+            raise ValueError(
+                "LoRA needs a table whose rows divide over the mesh axis that splits them. Received: "
+                f"{self.input_dim} rows, {self._embeddings.num_rows_on_mesh} on the mesh. "
+                f"Round `input_dim` up to {self._embeddings.num_rows_on_mesh}."
+            )
         super().enable_lora(rank, *args, **kwargs)
-
-    def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
-        """Quantizes the table, whose rows must divide."""
-        self._check_not_padded("Quantization")
-        super().quantize(mode, type_check=type_check, config=config)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         return {**super().get_config(), "mesh_axis": self.mesh_axis}
-
-    def _check_not_padded(self, what: str) -> None:
-        if isinstance(self._embeddings, PaddedVariable):
-            raise ValueError(
-                f"{what} needs a table whose rows divide over the mesh axis that splits them. Received: "
-                f"{self.input_dim} rows, {self._embeddings.num_rows_on_mesh} on the mesh. "
-                f"Round `input_dim` up to {self._embeddings.num_rows_on_mesh}."
-            )
 
 
 def shard(embedding: keras.layers.Embedding, mesh_axis: str | None) -> None:

@@ -320,8 +320,8 @@ def test_memory_is_bounded_by_the_block():
         for keywords in ({}, {"exclude_ids": exclude}):
             assert memory(searches.top_k, queries, table, 10, search, **keywords) < 4 * 1.3 * block_size
         assert memory(searches.ranks, queries, table, targets, search, exclude) < 4 * 2.3 * block_size
-    converted = jax.ShapeDtypeStruct((100_003, 32), "bfloat16")
-    assert memory(searches.top_k, queries, converted, 10, Search(100_003, block_size=2**20)) < 4 * 4 * 2**20
+        cosine = Search(100_003, "cosine", block_size=block_size)
+        assert memory(searches.top_k, queries, table, 10, cosine) < 4 * 2.5 * block_size
 
 
 def collectives(function, name, *arguments):

@@ -1,0 +1,108 @@
+r"""Times the ranks of one candidate a query in the whole corpus: this package, and TFRS's `FactorizedTopK`.
+
+    python examples/benchmarks/ranks.py --quick
+    python examples/benchmarks/ranks.py --tfrs_python=/path/to/another/venv/bin/python
+
+TFRS needs another Keras, and so an environment of its own (`pip install tensorflow-recommenders tf_keras`), whose
+interpreter `--tfrs_python` names. The matrix product, in blocks and with a maximum over its rows, so that it need not
+be kept, is the least that ranks could cost. All are timed in turns; ratios are those of single turns: their median, and
+in parentheses their quartiles.
+"""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import functools
+import pathlib
+
+import jax
+import keras
+import keras_rs
+import numpy as np
+from absl import app, flags, logging
+from jax import numpy as jnp
+from timing import Peer, in_turns, milliseconds, print_setting, print_table, ratio, timed
+
+from keras_rs_contrib import shard_candidates
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("quick", False, "A look at one small size.")
+flags.DEFINE_list("num_candidates", ["10000", "100000"], "Rows of the table.")
+flags.DEFINE_integer("num_queries", 4000, "Queries, each with one candidate.", lower_bound=1)
+flags.DEFINE_list("dimension", ["32", "64"], "Sizes of an embedding.")
+flags.DEFINE_integer("num_excluded", 100, "Candidates left out for each query, in one of the columns.", lower_bound=1)
+flags.DEFINE_integer("turns", 9, "How often each is timed, at most.", lower_bound=3)
+flags.DEFINE_float("seconds", 30.0, "Seconds for each size, after three turns.")
+flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
+
+QUERIES_AT_ONCE = 50
+
+
+def benchmark(peer, num_candidates, dimension, num_queries):
+    """Returns one row of the table of results."""
+    table = np.random.default_rng(0).normal(size=(num_candidates, dimension)).astype("float32")
+    queries = jax.device_put(np.random.default_rng(1).normal(size=(num_queries, dimension)).astype("float32"))
+    targets = jax.device_put(np.random.default_rng(2).integers(0, num_candidates, num_queries).astype("int32"))
+    excluded = np.random.default_rng(3).integers(0, num_candidates, (num_queries, FLAGS.num_excluded))
+    excluded = jax.device_put(excluded.astype("int32"))
+    tower = keras.layers.Embedding(num_candidates, dimension, weights=table)
+    index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=10), tower)
+
+    @jax.jit
+    def product(queries, table):
+        blocks = queries.reshape(-1, QUERIES_AT_ONCE, dimension)
+        return jax.lax.map(lambda block: jnp.max(table @ block.T, axis=0), blocks)
+
+    on_device = jax.device_put(table)
+    functions = {
+        "product": timed(lambda: product(queries, on_device)),
+        "ours": timed(lambda: index.ranks(queries, targets)),
+        "ours, excluding": timed(lambda: index.ranks(queries, targets, exclude_ids=excluded)),
+    }
+    if peer is not None:
+        sizes = {"num_candidates": num_candidates, "num_queries": num_queries, "dimension": dimension, "k": 100}
+        functions["TFRS"] = functools.partial(peer.ask, task="FactorizedTopK", **sizes)
+    times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
+    row = {
+        "candidates": f"{num_candidates:,}",
+        "d": str(dimension),
+        "queries": f"{num_queries:,}",
+        "product and maximum, ms": milliseconds(times["product"]),
+        "ours, ms": milliseconds(times["ours"]),
+        "ours / product": ratio(times["ours"], times["product"]),
+        f"excluding {FLAGS.num_excluded}, ms": milliseconds(times["ours, excluding"]),
+    }
+    if peer is not None:
+        row["FactorizedTopK, ms"] = milliseconds(times["TFRS"])
+        row["FactorizedTopK / ours"] = ratio(times["TFRS"], times["ours"])
+    return row
+
+
+def main(_):
+    """Times each size, and prints the table."""
+    logging.set_verbosity(logging.WARNING)
+    num_queries = FLAGS.num_queries - FLAGS.num_queries % -QUERIES_AT_ONCE
+    sizes = [(int(n), int(d)) for n in FLAGS.num_candidates for d in FLAGS.dimension]
+    if FLAGS.quick:
+        sizes, num_queries = [(10_000, 32)], 1_000
+    print_setting("tensorflow-recommenders")
+    peer = None
+    if FLAGS.tfrs_python is None:
+        print("No --tfrs_python: TFRS is left out.")
+    else:
+        peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
+    rows = []
+    progress = keras.utils.Progbar(len(sizes), unit_name="size")
+    for num_candidates, dimension in sizes:
+        rows.append(benchmark(peer, num_candidates, dimension, num_queries))
+        progress.add(1)
+    print()
+    print_table(rows)
+    if peer is not None:
+        peer.close()
+
+
+if __name__ == "__main__":
+    app.run(main)
