@@ -28,6 +28,10 @@ from keras_rs_contrib.distribution import TableLayout
 BLOCK_SIZE = 2**26
 # Queries in a block: enough for a matrix product at full speed, and 64 columns of scores fill whole vectors.
 QUERIES_IN_BLOCK = 64
+# Rows that the product with a single query takes at once: XLA's 8, and some to spare.
+KERNEL_ROWS = 16
+# Scores in a block from which on two levels pay.
+MIN_TWO_LEVEL_SIZE = 2**16
 # Stands for a score of -inf, and for one that is no number, wherever scores are ordered, and -inf for no candidate.
 LOWEST = float(np.finfo(np.float32).min)
 # Up to so many ids are compared with each id of a result, beyond that they are sorted first.
@@ -241,9 +245,7 @@ def _score_block(queries: Any, table: Any, search: Search) -> Any:
     queries = losses.to_comparable(queries, search.similarity)
 
     def product(rows: Any) -> Any:
-        rows = losses.to_comparable(rows, search.similarity)
-        # The default precision of an accelerator may be lower than float32.
-        return lax.dot_general(rows, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        return _product(losses.to_comparable(rows, search.similarity), queries)
 
     num_rows, dimension = table.shape
     num_converted = max(1, search.block_size // dimension)
@@ -259,6 +261,25 @@ def _score_block(queries: Any, table: Any, search: Search) -> Any:
 
     empty = jnp.zeros((num_rows, queries.shape[0]), jnp.float32)
     return lax.fori_loop(0, -(-num_rows // num_converted), convert_and_score, empty)
+
+
+def _product(rows: Any, queries: Any) -> Any:
+    """Returns the inner product of every row with every query, equal for rows that are equal."""
+
+    def multiply(rows: Any) -> Any:
+        # The default precision of an accelerator may be lower than float32.
+        return lax.dot_general(rows, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    num_rows = rows.shape[0]
+    left = num_rows % KERNEL_ROWS
+    if queries.shape[0] > 1 or not left:
+        return multiply(rows)
+    # XLA's product with a single query, on a CPU, rounds the last rows, which do not fill its kernel, otherwise than
+    # all others. Among as many as fill it, they are rounded alike.
+    if num_rows < KERNEL_ROWS:
+        return multiply(jnp.pad(rows, ((0, KERNEL_ROWS - left), (0, 0))))[:num_rows]
+    start = num_rows - KERNEL_ROWS
+    return lax.dynamic_update_slice_in_dim(multiply(rows), multiply(rows[start:]), start, axis=0)
 
 
 def _in_blocks(function: Callable[..., Any], num_rows: int, search: Search, *arrays: Any) -> Any:
@@ -308,7 +329,7 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
         keys, rows = lax.approx_max_k(all_keys().T, k, recall_target=search.recall_target)
         return keys, rows
     num_rows = scores.shape[0]
-    group_size = _group_size(num_rows, k)
+    group_size = _group_size(num_rows, k) if scores.size >= MIN_TWO_LEVEL_SIZE else 1
     if group_size == 1:
         return _one_level_top_k(all_keys().T, k)
     if excluded is not None:
@@ -343,7 +364,7 @@ def _group_size(num_rows: int, k: int) -> int:
     equal, at the square root.
     """
     size = 2 ** round(np.log2(max(1.0, num_rows / k)) / 2)
-    return 1 if size < 8 else int(np.clip(size, 16, 128))
+    return 1 if size < 16 else int(min(size, 128))
 
 
 def _reduce_groups(scores: Any, operation: Callable[[Any, Any], Any], initial: float, group_size: int) -> Any:

@@ -79,8 +79,8 @@ def test_ties_rank_by_lower_row_on_any_number_of_shards(rng, name, k):
     assert scores.sharding.spec[0] == layout.batch_axis
 
 
-# Of 4 rows one level is searched, of 40,000 two.
-@pytest.mark.parametrize("num_rows", [4, 40_000])
+# Of 4 rows one level is searched, of 70,000 two.
+@pytest.mark.parametrize("num_rows", [4, 70_000])
 def test_negative_zero_ties_with_zero(num_rows):
     """A product with a negative factor gives -0.0, which XLA's top-k would put below 0.0 in either of its forms."""
     table = np.zeros((num_rows, 1), "float32")
@@ -250,6 +250,20 @@ def test_ranks_agree_with_lists_where_scores_are_rounded(rng):
         _, ids = searches.top_k(queries, on_mesh, 300, search)
         for place in (0, 1, 50, 299):
             np.testing.assert_array_equal(searches.ranks(queries, on_mesh, ids[:, place], search), [place] * 70)
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 70])
+@pytest.mark.parametrize("num_rows", [5, 37, 100, 1_683, 4_099])
+def test_equal_rows_score_equally_wherever_they_are(rng, num_queries, num_rows):
+    """XLA's product with one query rounds the last rows otherwise than the others."""
+    for dimension in (7, 32, 100):
+        table = np.tile(rng.normal(size=(1, dimension)), (num_rows, 1)).astype("float32")
+        queries, search = rng.normal(size=(num_queries, dimension)).astype("float32"), Search(num_rows)
+        scores, ids = searches.top_k(queries, table, 5, search)
+        np.testing.assert_array_equal(ids, np.tile(np.arange(5), (num_queries, 1)))
+        np.testing.assert_array_equal(scores, np.asarray(scores)[:, :1] * np.ones(5, "float32"))
+        last = np.full(num_queries, num_rows - 1, "int32")
+        np.testing.assert_array_equal(searches.ranks(queries, table, last, search), last)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
