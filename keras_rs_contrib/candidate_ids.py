@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 from keras import ops
@@ -73,7 +75,12 @@ def to_int32(ids: Any, name: str) -> Any:
     dtype = keras.backend.standardize_dtype(ids.dtype)
     if "int" not in dtype:
         raise TypeError(f"`{name}` must be integers. Received: dtype {dtype}. Cast them, or number the candidates.")
-    return ids if dtype == "int32" else ops.cast(ids, "int32")
+    if dtype == "int32":
+        return ids
+    is_known = not isinstance(ids, keras.KerasTensor) and not isinstance(ids, jax.core.Tracer)
+    if is_known and (keras.backend.backend() == "jax" or hasattr(ids, "numpy")):
+        return check_candidate_ids(ids, name)
+    return ops.cast(ids, "int32")
 
 
 def check_corpus_ids(
@@ -130,7 +137,9 @@ def check_exclude_ids(exclude_ids: Any) -> list[int]:
         TypeError: if it is none.
         ValueError: if one lies outside int32.
     """
-    if isinstance(exclude_ids, (set, frozenset, range)):
+    if exclude_ids is None:
+        return []
+    if isinstance(exclude_ids, Iterable) and not isinstance(exclude_ids, str) and not hasattr(exclude_ids, "shape"):
         exclude_ids = list(exclude_ids)
     ids = check_candidate_ids(exclude_ids, name="exclude_ids")
     if ids.ndim != 1:

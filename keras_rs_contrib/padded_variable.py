@@ -39,8 +39,14 @@ class PaddedVariable(keras.Variable):  # type: ignore[misc]
             return super().value
 
     def assign(self, value: Any) -> Any:
-        """Assigns rows without padding, or with it, as an optimizer does."""
+        """Assigns rows without padding, or, as an optimizer does, a tensor with it."""
+        from_host = not ops.is_tensor(value) and not isinstance(value, keras.Variable)
         value = self._convert_to_tensor(value, dtype=self._dtype)
+        if from_host and tuple(value.shape) != self._shape:
+            raise ValueError(
+                f"The value of {self.path!r} must match its shape without padding, which is {self._shape}. Received: "
+                f"shape {tuple(value.shape)}. Pass {self._shape[0]} rows."
+            )
         if tuple(value.shape) == self._shape:
             padding = (0, self.num_rows_on_mesh - self._shape[0])
             value = ops.pad(value, (padding, *[(0, 0)] * (len(self._shape) - 1)))
@@ -48,7 +54,11 @@ class PaddedVariable(keras.Variable):  # type: ignore[misc]
             return super().assign(value)
 
     def __array__(self, dtype: Any = None) -> np.ndarray[Any, Any]:
-        return np.asarray(ops.convert_to_numpy(self.value)[: self.shape[0]], dtype=dtype)
+        return np.asarray(ops.convert_to_numpy(self.value)[: self._shape[0]], dtype=dtype)
+
+    def __repr__(self) -> str:
+        value = "" if self._value is None else f", value={np.asarray(self)}"
+        return f"<Variable path={self.path}, shape={tuple(self._shape)}, dtype={self.dtype}{value}>"
 
     def _initialize_with_initializer(self, initializer: Any) -> None:
         with self._as_laid_out():
@@ -63,6 +73,35 @@ class PaddedVariable(keras.Variable):  # type: ignore[misc]
             yield
         finally:
             self._shape = shape
+
+
+class PaddedSlot(PaddedVariable):
+    """A slot of an optimizer, which computes with shapes: `shape` is that of `value`, files have the rows shown."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape with padding."""
+        return (self.num_rows_on_mesh, *self._shape[1:])
+
+
+class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
+    """A regularizer of the rows without padding.
+
+    Args:
+        regularizer: a Keras regularizer.
+        num_rows: rows without padding.
+    """
+
+    def __init__(self, regularizer: Any, num_rows: int) -> None:
+        self.regularizer = keras.regularizers.get(regularizer)
+        self.num_rows = num_rows
+
+    def __call__(self, x: Any) -> Any:
+        """Returns the penalty of the rows without padding."""
+        # Zeros add nothing to these, and to slice a table that is split is traffic.
+        if type(self.regularizer) in (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2):
+            return self.regularizer(x)
+        return self.regularizer(ops.convert_to_tensor(x)[: self.num_rows])
 
 
 class PaddedShape(tuple[int, ...]):
@@ -132,6 +171,8 @@ def add_table(
         variable = add_weight(shape=shape, initializer=initializer, **kwargs)
     else:
         initializer = PaddedInitializer(initializer, shape[0])
+        if kwargs.get("regularizer") is not None:
+            kwargs["regularizer"] = PaddedRegularizer(kwargs["regularizer"], shape[0])
         variable = add_weight(shape=(num_rows_on_mesh, shape[1]), initializer=initializer, **kwargs)
         _show_rows(variable, shape[0])
     if mesh_axis is not None:
@@ -149,6 +190,8 @@ def replace_rows(variable: keras.Variable, value: Any, mesh_axis: str | None) ->
     """
     num_rows = value.shape[0]
     if num_rows != variable.shape[0]:
+        # Whatever can fail, fails before the variable changes.
+        value = ops.convert_to_tensor(value, dtype=variable.dtype)
         num_rows_on_mesh = distribution.rows_on_mesh(num_rows, mesh_axis, variable.path)
         variable.__class__ = keras.Variable
         variable.__dict__.pop("num_rows_on_mesh", None)
@@ -158,10 +201,10 @@ def replace_rows(variable: keras.Variable, value: Any, mesh_axis: str | None) ->
     variable.assign(value)
 
 
-def _show_rows(variable: keras.Variable, num_rows: int) -> None:
+def _show_rows(variable: keras.Variable, num_rows: int, kind: type[PaddedVariable] = PaddedVariable) -> None:
     """Makes a variable that was laid out with padding show the first rows alone."""
     # Keras chooses the class where it makes a variable, and offers no other.
-    variable.__class__ = PaddedVariable
+    variable.__class__ = kind
     variable.num_rows_on_mesh = variable._shape[0]
     variable._shape = (num_rows, *variable._shape[1:])
 
@@ -181,7 +224,7 @@ def _pad_slots(add_variable_from_reference: Callable[..., keras.Variable]) -> Ca
             _layout=reference_variable._layout,
         )
         slot = add_variable_from_reference(self, laid_out, name=name, initializer=initializer)
-        _show_rows(slot, reference_variable.shape[0])
+        _show_rows(slot, reference_variable._shape[0], PaddedSlot)
         return slot
 
     return add_slot

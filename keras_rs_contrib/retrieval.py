@@ -502,10 +502,18 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                     "An index without ids returns row numbers and keeps doing so. Received: `candidate_ids`. "
                     "Make a new index with `shard_candidates`."
                 )
-        elif self.candidate_ids is not None and num_candidates != table.shape[0]:
+        changes = table is not None and num_candidates != table.shape[0]
+        if changes and keras.backend.backend() != "jax":
+            raise NotImplementedError(
+                "An index whose number of candidates changes needs the JAX backend. Received: "
+                f"{num_candidates} candidates on {keras.backend.backend()!r}. "
+                "Make a new index with `shard_candidates`, or set KERAS_BACKEND=jax."
+            )
+        if changes and candidate_ids is None and self.candidate_ids is not None:
             raise ValueError(
                 "An index with ids needs those of the new candidates where their number changes. Received: "
-                f"candidate_ids=None for {num_candidates} candidates instead of {table.shape[0]}. Pass `candidate_ids`."
+                f"candidate_ids=None for {num_candidates} candidates instead of {self.candidate_ids.shape[0]}. "
+                "Pass `candidate_ids`."
             )
         present = candidate_ids if candidate_ids is not None else self.candidate_ids
         if present is None:
@@ -613,6 +621,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
 
     def _check_k(self, num_candidates: int, num_excluded: int = 0) -> None:
         remaining = num_candidates - num_excluded
+        _positive_int(self.k, "k")
         if self.k > remaining:
             raise ValueError(
                 "`k` must not be more than the number of candidates. Received: "
@@ -647,7 +656,11 @@ def _positive_int(value: Any, name: str) -> int:
 def _check_recall_target(recall_target: Any) -> None:
     if recall_target is None:
         return
-    if not isinstance(recall_target, numbers.Real) or not 0 < float(recall_target) <= 1:
+    if (
+        not isinstance(recall_target, numbers.Real)
+        or isinstance(recall_target, bool)
+        or not 0 < float(recall_target) <= 1
+    ):
         raise ValueError(
             "`recall_target` must be a share in (0, 1]. Received: "
             f"recall_target={recall_target!r}. Pass 0.95, for instance, or None for the exact top-k."

@@ -19,7 +19,8 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
     trained, returned or saved. A file therefore loads on any mesh, and without one, optimizer state included. Only
     optimizers whose slots are not shaped as the table, such as Adafactor, need rows that divide.
 
-    `embeddings.shape` and `embeddings.numpy()` are those of a plain embedding; `embeddings.value` has the added rows.
+    `embeddings.shape` and `embeddings.numpy()` are those of a plain embedding. `embeddings.value`, and so an operation
+    on the table itself, such as a product with all its rows, has the added rows too: slice what it gives.
 
     Args:
         input_dim: as of `keras.layers.Embedding`, as the other arguments.

@@ -111,7 +111,10 @@ def top_k(
         rest are -inf and -1. A query that is not a number has NaN and -1 alone.
     """
     if keras.backend.backend() != "jax":
-        keys, rows = ops.top_k(_keys(scores(query_embeddings, table, search.similarity), ops), search.num_candidates)
+        keys = _keys(scores(query_embeddings, table, search.similarity), ops)
+        if excluded is not None:
+            keys = ops.where(ops.expand_dims(excluded, 0), -np.inf, keys)
+        keys, rows = ops.top_k(keys, search.num_candidates)
         keys, rows = _without_excluded(keys, ops.cast(rows, "int32"), k, search, candidate_ids, exclude_ids)
         return _result(query_embeddings, keys, rows, candidate_ids)
 

@@ -49,12 +49,14 @@ def test_row_numbers_are_the_ids_where_none_are_given():
         check_corpus_ids(None, 3, [3])
 
 
-@pytest.mark.parametrize("exclude_ids", [[3, 1, 3], (1, 3), {3, 1}, np.array([1, 3]), range(1, 4, 2)])
+@pytest.mark.parametrize(
+    "exclude_ids", [[3, 1, 3], (1, 3), {3, 1}, np.array([1, 3]), range(1, 4, 2), {1: 0, 3: 0}.keys(), iter([3, 1])]
+)
 def test_ids_to_leave_out_come_in_any_collection(exclude_ids):
     assert check_exclude_ids(exclude_ids) == [1, 3]
 
 
-@pytest.mark.parametrize("exclude_ids", [0, None, [[1], [2]], "ab"])
+@pytest.mark.parametrize("exclude_ids", [0, [[1], [2]], "ab"])
 def test_ids_to_leave_out_are_a_flat_collection(exclude_ids):
     with pytest.raises(TypeError, match="`exclude_ids` must be"):
         check_exclude_ids(exclude_ids)

@@ -61,6 +61,17 @@ def test_another_backend_does_what_needs_no_devices():
         table = keras.layers.Embedding(3, 4, weights=queries)
         index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), table, exclude_ids=[0])
         print(float(loss), index(queries)[1].numpy().tolist())
+        wide = keras.layers.Embedding(30, 4, weights=np.ones((30, 4)))
+        many = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), wide, exclude_ids=range(20))
+        assert many(queries[:1])[1].numpy().tolist() == [[20, 21]]
+        tower = keras.Sequential([keras.layers.Dense(4)])
+        live = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), tower, candidates=np.ones((5, 2)))
+        try:
+            live.refresh(np.ones((7, 2)))
+        except NotImplementedError as error:
+            assert "JAX" in str(error) and live.candidate_embeddings.shape == (5, 4)
+        else:
+            raise AssertionError
         assert index(queries, exclude_ids=[[1], [-1], [2]])[1].numpy().tolist() == [[2, -1], [1, 2], [1, -1]]
         try:
             index.ranks(queries, [0, 1, 2])

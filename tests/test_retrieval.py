@@ -132,6 +132,16 @@ def test_scores_are_float32_whatever_the_towers_precision(rng, policy):
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-7)
 
 
+def test_k_may_change_within_the_corpus(rng):
+    index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
+    index.k = 7
+    assert index(np.ones((2, 4))).shape == (2, 7)
+    for k in (0, -1, 11):
+        index.k = k
+        with pytest.raises(ValueError, match=f"k={k}"):
+            index(np.ones((2, 4)))
+
+
 # Exclusions and ranks.
 
 
@@ -201,6 +211,7 @@ def test_ranks_of_what_is_in_no_list(rng):
         ({"candidate_ids": [1.0, 2.0, 3.0]}, TypeError, "float64"),
         ({"candidate_ids": jax.numpy.ones(3)}, TypeError, "float32"),
         ({"candidate_ids": [1, 2, 2**32]}, ValueError, "4294967296"),
+        ({"candidate_ids": jax.numpy.full(3, 2**32 - 5, "uint32")}, ValueError, "4294967291"),
         ({"exclude_ids": [1, 2, 3]}, ValueError, r"shape \(3,\) for query embeddings of shape \(3, 4\)"),
         ({"exclude_ids": [[1], [2]]}, ValueError, r"shape \(2, 1\)"),
         ({"exclude_ids": [[1], [2], [2**32 + 5]]}, ValueError, "`exclude_ids` must lie in"),
@@ -718,6 +729,7 @@ def test_ids_are_checked_also_where_an_index_has_no_table_yet(rng):
         ({"block_size": 0}, ValueError, "block_size=0"),
         ({"recall_target": 1.5}, ValueError, "recall_target=1.5"),
         ({"recall_target": "high"}, ValueError, "recall_target='high'"),
+        ({"recall_target": True}, ValueError, "recall_target=True"),
         ({"candidates": np.arange(10)}, ValueError, "Drop `candidates`"),
         ({"tower": keras.layers.Dense(4)}, ValueError, "a Dense and candidates=None"),
         ({"tower": lambda x: x}, TypeError, "must be a Keras layer"),

@@ -96,14 +96,14 @@ def test_training_and_predictions_are_those_of_a_whole_table(mesh, optimizer):
         model.movie_embedding.get_weights()[0], expected.movie_embedding.get_weights()[0], rtol=1e-4, atol=1e-6
     )
     rows_a_device = -(-NUM_MOVIES // num_shards)
-    slots = [v for v in model.optimizer.variables if v.shape == (NUM_MOVIES, DIMENSION)]
+    slots = [v for v in model.optimizer.variables if v.numpy().shape == (NUM_MOVIES, DIMENSION)]
     assert slots
     for variable in [model.movie_embedding.embeddings, *slots]:
         assert variable.value.addressable_shards[0].data.shape == (rows_a_device, DIMENSION)
         assert variable.numpy().shape == (NUM_MOVIES, DIMENSION)
 
 
-@pytest.mark.parametrize("saved_on", ["DataParallel(8)", "ModelParallel(2x4), by layout map"])
+@pytest.mark.parametrize("saved_on", ["DataParallel(8)", "ModelParallel(2x4), by axis"])
 @pytest.mark.parametrize("loaded_on", MESHES)
 def test_training_goes_on_where_it_stopped_on_another_mesh(tmp_path, saved_on, loaded_on):
     whole = compiled_model()
@@ -123,6 +123,53 @@ def test_training_goes_on_where_it_stopped_on_another_mesh(tmp_path, saved_on, l
     if axes is not None and (mesh_axis in axes.axis_names or MESHES[loaded_on][1] is None):
         shards = num_shards if mesh_axis is None else axes.shape[axes.axis_names.index(mesh_axis)]
         assert rows == -(-NUM_MOVIES // shards)
+
+
+def small_model(**arguments):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((), dtype="int32"), ShardedEmbedding(19, 4, mesh_axis="batch", **arguments)])
+
+
+def small_fit(optimizer=None, **arguments):
+    model = small_model(**arguments)
+    model.compile(optimizer or keras.optimizers.SGD(0.1), "mse")
+    history = model.fit(np.arange(16), np.ones((16, 4)), batch_size=16, epochs=4, shuffle=False, verbose=0)
+    return history.history["loss"], model.get_weights()[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"optimizer": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)},
+        {"optimizer": lambda: keras.optimizers.Lamb(0.1, weight_decay=0.1, clipnorm=0.01)},
+        {"embeddings_regularizer": lambda: keras.regularizers.L2(0.01)},
+        {"embeddings_regularizer": lambda: keras.regularizers.OrthogonalRegularizer(0.01, mode="rows")},
+        {"embeddings_regularizer": lambda: lambda x: keras.ops.mean(keras.ops.square(x - 1))},
+        {"embeddings_constraint": lambda: keras.constraints.UnitNorm(axis=1)},
+    ],
+    ids=["accumulation", "Lamb", "L2", "orthogonal rows", "mean", "unit norm"],
+)
+def test_padding_changes_no_training(arguments):
+    expected_losses, expected_table = small_fit(**{name: make() for name, make in arguments.items()})
+    keras.distribution.set_distribution(data_parallel(8))
+    losses, table = small_fit(**{name: make() for name, make in arguments.items()})
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    np.testing.assert_allclose(table, expected_table, rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_of_another_table_is_refused(tmp_path):
+    path = tmp_path / "file.weights.h5"
+    keras.Sequential([keras.Input((), dtype="int32"), ShardedEmbedding(24, 4)]).save_weights(path)
+    keras.distribution.set_distribution(data_parallel(8))
+    model = small_model()
+    table = model.get_weights()[0]
+    assert model.layers[-1].embeddings.value.shape == (24, 4)
+    with pytest.raises(ValueError, match=r"could not be loaded|must match"):
+        model.load_weights(path)
+    with pytest.raises(ValueError, match=r"must match its shape without padding, which is \(19, 4\).*\(24, 4\)"):
+        model.set_weights([np.ones((24, 4))])
+    np.testing.assert_array_equal(model.get_weights()[0], table)
+    assert repr(model.layers[-1].embeddings).count("\n") == 18
 
 
 def test_padding_is_in_no_file(tmp_path):
