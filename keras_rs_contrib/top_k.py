@@ -367,7 +367,7 @@ def _group_size(num_rows: int, k: int) -> int:
     equal, at the square root.
     """
     size = 2 ** round(np.log2(max(1.0, num_rows / k)) / 2)
-    return 1 if size < 16 else int(min(size, 128))
+    return 1 if size < 8 else int(np.clip(size, 16, 128))
 
 
 def _reduce_groups(scores: Any, operation: Callable[[Any, Any], Any], initial: float, group_size: int) -> Any:

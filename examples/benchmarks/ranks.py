@@ -5,7 +5,7 @@ r"""Times the ranks of one candidate a query in the whole corpus: this package, 
 
 TFRS needs another Keras, and so an environment of its own (`pip install tensorflow-recommenders tf_keras`), whose
 interpreter `--tfrs_python` names. The matrix product, in blocks and with a maximum over its rows, so that it need not
-be kept, is the least that ranks could cost. All are timed in turns; ratios are those of single turns: their median, and
+be kept, is the yardstick. All are timed in turns; ratios are those of single turns: their median, and
 in parentheses their quartiles.
 """
 
@@ -23,7 +23,7 @@ import keras_rs
 import numpy as np
 from absl import app, flags, logging
 from jax import numpy as jnp
-from timing import Peer, in_turns, milliseconds, print_setting, print_table, ratio, timed
+from timing import Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
 
 from keras_rs_contrib import shard_candidates
 
@@ -63,7 +63,7 @@ def benchmark(peer, num_candidates, dimension, num_queries):
     }
     if peer is not None:
         sizes = {"num_candidates": num_candidates, "num_queries": num_queries, "dimension": dimension, "k": 100}
-        functions["TFRS"] = functools.partial(peer.ask, task="FactorizedTopK", **sizes)
+        functions["TFRS"] = functools.partial(peer.time, task="FactorizedTopK", **sizes)
     times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
     row = {
         "candidates": f"{num_candidates:,}",
@@ -87,19 +87,16 @@ def main(_):
     sizes = [(int(n), int(d)) for n in FLAGS.num_candidates for d in FLAGS.dimension]
     if FLAGS.quick:
         sizes, num_queries = [(10_000, 32)], 1_000
-    print_setting("tensorflow-recommenders")
+    print_setting()
     peer = None
     if FLAGS.tfrs_python is None:
         print("No --tfrs_python: TFRS is left out.")
     else:
         peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-    rows = []
-    progress = keras.utils.Progbar(len(sizes), unit_name="size")
+        print(f"In a process of its own: {peer.versions}")
+    table = Table()
     for num_candidates, dimension in sizes:
-        rows.append(benchmark(peer, num_candidates, dimension, num_queries))
-        progress.add(1)
-    print()
-    print_table(rows)
+        table.print(benchmark(peer, num_candidates, dimension, num_queries))
     if peer is not None:
         peer.close()
 

@@ -3,6 +3,7 @@
     pip install tensorflow-recommenders tf_keras
 
 Reads one JSON request a line, `{"task", "num_candidates", "num_queries", "dimension", "k"}`, and answers with seconds.
+The first line that it prints says which versions it runs.
 """
 
 import functools
@@ -49,6 +50,7 @@ def prepared(task, num_candidates, num_queries, dimension, k):
     return function
 
 
+print(json.dumps(f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}"), flush=True)
 for line in sys.stdin:
     function = prepared(**json.loads(line))
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,7 +19,7 @@ def in_turns(functions: dict[str, Callable[[], float]], turns: int, seconds: flo
     """Returns how long each function took, in seconds, called one after the other, turn by turn.
 
     Args:
-        functions: take nothing, return how long they took.
+        functions: take nothing, return how long they took; NaN where they could not.
         turns: at most so many.
         seconds: after these, and at least three turns, no further one begins.
     """
@@ -57,13 +58,23 @@ def ratio(times: list[float], others: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Prints rows of one kind as a table in Markdown, which reads as text too."""
-    names = list(rows[0])
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
-    lines = [names, ["-" * (width - 1) + ":" for width in widths], *([row[name] for name in names] for row in rows)]
-    for line in lines:
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+class Table:
+    """A table in Markdown, which reads as text too, printed row by row: what was timed is not lost with what fails."""
+
+    def __init__(self) -> None:
+        self._widths: list[int] = []
+
+    def print(self, row: dict[str, str]) -> None:
+        """Prints a row, under its names if it is the first."""
+        if not self._widths:
+            self._widths = [max(len(name), len(cell)) + 1 for name, cell in row.items()]
+            self._print_line(list(row))
+            self._print_line(["-" * (width - 1) + ":" for width in self._widths])
+        self._print_line(list(row.values()))
+
+    def _print_line(self, cells: list[str]) -> None:
+        padded = [cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)]
+        print("| " + " | ".join(padded) + " |", flush=True)
 
 
 def print_setting(*packages: str) -> None:
@@ -89,30 +100,43 @@ class Peer:
 
     Args:
         python: the interpreter, of an environment that has what the program needs.
-        program: path of the program; it reads one JSON request a line and answers each with one line of JSON.
+        program: path of the program; it prints its versions, then reads one JSON request a line and answers each with
+            one line of JSON.
+
+    Attributes:
+        versions: what the program says of itself.
     """
 
     def __init__(self, python: str, program: str) -> None:
-        environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        self._process = subprocess.Popen(
-            [python, program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        self._command = [python, program]
+        self._start()
 
-    def ask(self, **request: Any) -> Any:
-        """Returns the answer to a request."""
+    def _start(self) -> None:
+        environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            self._command, stdin=pipe, stdout=pipe, stderr=nothing, text=True, env=environment
+        )
+        self.versions = self._answer()
+        if self.versions is None:
+            sys.exit(f"The peer does not start. Run it to see why: {' '.join(self._command)}")
+
+    def time(self, **request: Any) -> float:
+        """Returns the answer to a request, in seconds; NaN where the program ended over it, for want of memory say."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            sys.exit(f"The peer process ended with status {self._process.wait()} on the request {request}.")
-        return json.loads(answer)
+        answer = self._answer()
+        if answer is None:
+            print(f"The peer ended with status {self._process.wait()} over {request}.", file=sys.stderr)
+            self._start()
+            return math.nan
+        return float(answer)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
 
     def close(self) -> None:
         """Ends the process."""

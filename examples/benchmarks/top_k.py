@@ -30,7 +30,7 @@ import keras_rs
 import numpy as np
 from absl import app, flags, logging
 from keras import ops
-from timing import Peer, in_turns, milliseconds, print_setting, print_table, ratio, timed
+from timing import Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
 
 from keras_rs_contrib import shard_candidates
 
@@ -49,7 +49,7 @@ flags.DEFINE_integer("turns", 15, "How often each is timed, at most.", lower_bou
 flags.DEFINE_float("seconds", 6.0, "Seconds for each size, after three turns.")
 flags.DEFINE_float("recall_target", 0.95, "Recall asked of the approximate search.")
 flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
-flags.DEFINE_bool("peers", True, "Whether to time other packages too.")
+flags.DEFINE_bool("peers", True, "Whether to time Faiss and TFRS too.")
 flags.DEFINE_integer("memory_of", None, "Print the memory of a search of this block size, 0 for the default, and end.")
 
 MEMORY_QUERIES, MEMORY_CANDIDATES, MEMORY_DIMENSION = 4096, 1_000_000, 64
@@ -93,7 +93,7 @@ def benchmark(table, faiss_index, peer, num_queries, k):
     if peer is not None:
         for task in ("BruteForce", "Streaming"):
             sizes = {"num_candidates": num_candidates, "num_queries": num_queries, "dimension": dimension, "k": k}
-            functions[f"TFRS {task}"] = functools.partial(peer.ask, task=task, **sizes)
+            functions[f"TFRS {task}"] = functools.partial(peer.time, task=task, **sizes)
     times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
     _, exact = index(on_device[0])
     _, found = our_index(table, k, recall_target=FLAGS.recall_target)(on_device[0])
@@ -136,7 +136,7 @@ def main(_):
     sizes = {name: [int(n) for n in FLAGS[name].value] for name in ("num_candidates", "num_queries", "dimension", "k")}
     if FLAGS.quick:
         sizes = {"num_candidates": [10_000, 99_991], "num_queries": [1, 64], "dimension": [64], "k": [10]}
-    print_setting("faiss-cpu", "tensorflow-recommenders")
+    print_setting("faiss-cpu")
     if FLAGS.peers and faiss is None:
         print("Faiss is not installed: left out.")
     if FLAGS.peers and FLAGS.tfrs_python is None:
@@ -144,8 +144,8 @@ def main(_):
     peer = None
     if FLAGS.peers and FLAGS.tfrs_python is not None:
         peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-    rows = []
-    progress = keras.utils.Progbar(int(np.prod([len(values) for values in sizes.values()])), unit_name="size")
+        print(f"In a process of its own: {peer.versions}")
+    results = Table()
     for num_candidates in sizes["num_candidates"]:
         for dimension in sizes["dimension"]:
             table = np.random.default_rng(0).normal(size=(num_candidates, dimension)).astype("float32")
@@ -155,23 +155,19 @@ def main(_):
                 faiss_index.add(table)
             for num_queries in sizes["num_queries"]:
                 for k in sizes["k"]:
-                    rows.append(benchmark(table, faiss_index, peer, num_queries, k))
-                    progress.add(1)
-    print()
-    print_table(rows)
+                    results.print(benchmark(table, faiss_index, peer, num_queries, k))
     if peer is not None:
         peer.close()
     if FLAGS.quick:
         return
     print(f"\nMemory of {MEMORY_QUERIES:,} queries against {MEMORY_CANDIDATES:,} candidates, k=100, beyond the table")
-    memory = []
+    memory = Table()
     for block_size in (0, 2**24, 2**22):
         command = [sys.executable, __file__, f"--memory_of={block_size}"]
         answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         name = f"{block_size:,}" if block_size else "default"
         mebibytes = f"{answer['bytes'] / 2**20:.0f}"
-        memory.append({"block_size": name, "memory, MiB": mebibytes, "first call, s": f"{answer['seconds']:.1f}"})
-    print_table(memory)
+        memory.print({"block_size": name, "memory, MiB": mebibytes, "first call, s": f"{answer['seconds']:.1f}"})
 
 
 if __name__ == "__main__":
