@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ import jax
 
 def in_turns(functions: dict[str, Callable[[], float]], turns: int, seconds: float) -> dict[str, list[float]]:
     """Returns how long each function took, in seconds, called one after the other, turn by turn.
+
+    What is timed follows a call of its own that is not: caches and allocator are as in a run of such calls, and not as
+    another function left them.
 
     Args:
         functions: take nothing, return how long they took; NaN where they could not.
@@ -31,6 +35,7 @@ def in_turns(functions: dict[str, Callable[[], float]], turns: int, seconds: flo
         if turn >= 3 and time.perf_counter() - start > seconds:
             break
         for name, function in functions.items():
+            function()
             times[name].append(function())
     return times
 
@@ -56,6 +61,34 @@ def ratio(times: list[float], others: list[float]) -> str:
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+class Memory:
+    """Watches how much this process grows, on Linux, from within `with` to its end.
+
+    Attributes:
+        grown: bytes, the most that it had beyond those at the start.
+    """
+
+    def __enter__(self) -> "Memory":
+        self.grown = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(self._resident(),))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self, before: int) -> None:
+        while not self._end.wait(0.005):
+            self.grown = max(self.grown, self._resident() - before)
+
+    @staticmethod
+    def _resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Table:

@@ -19,7 +19,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import functools
 import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import keras_rs
 import numpy as np
 from absl import app, flags, logging
 from keras import ops
-from timing import Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
+from timing import Memory, Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
 
 from keras_rs_contrib import shard_candidates
 
@@ -120,11 +119,10 @@ def print_memory(block_size):
     index = our_index(table, k=100, block_size=block_size or None)
     on_device = jax.device_put(queries)
     index(on_device[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     search = compiled(index)
-    seconds = timed(lambda: search(on_device))()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps({"seconds": seconds, "bytes": grown}))
+    with Memory() as memory:
+        seconds = timed(lambda: search(on_device))()
+    print(json.dumps({"seconds": seconds, "bytes": memory.grown}))
 
 
 def main(_):
