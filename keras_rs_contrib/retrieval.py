@@ -58,7 +58,8 @@ def shard_candidates(
             own layout. Without a distribution the table stays whole. Name it before the model is trained: an optimizer
             that is built already keeps its slots whole.
         block_size: how many scores are made at once on each device, 4 bytes each; by default 2**26, which is 256 MiB.
-            A call needs at most about twice that beside the table, and its time hardly depends on it.
+            A call needs about that beside the table, `ranks` twice that. A smaller block scores fewer queries at once,
+            which takes longer where there are many candidates.
         recall_target: the share of the exact top-k, in (0, 1], that is enough. On a TPU, `jax.lax.approx_max_k` then
             finds about that share on average, in less time, and which candidates it misses is not known beforehand.
             Elsewhere, and by default, all are found.
