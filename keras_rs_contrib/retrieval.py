@@ -196,8 +196,9 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         self._tied = tied
         self._keep(candidates)
         self._refreshed_embeddings: keras.Variable | None = None
+        if tied or candidates is not None:
+            self._check_k(num_candidates, len(excluded))
         if self._tied:
-            self._check_k(candidate_tower.input_dim, len(excluded))
             if candidate_ids is not None:
                 self._add_candidate_ids(candidate_tower.input_dim, candidate_ids)
             if candidate_tower.built:
@@ -245,6 +246,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "assign to its `embeddings`; for a table of other candidates make a new index."
             )
         self._validate_candidate_embeddings_and_ids(candidate_embeddings, candidate_ids)
+        candidate_ids = self._check_corpus(candidate_embeddings.shape[0], candidate_ids)
         self._assign_table(candidate_embeddings, candidate_ids)
 
     def refresh(self, candidates: Any = None, candidate_ids: Any = None, verbose: int | str = "auto") -> None:
@@ -332,12 +334,14 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         elif self.exclude_ids:
             exclude_ids = self._with_own_exclude_ids(exclude_ids, ops.shape(query_embeddings)[0])
         scores, ids = top_k.top_k(
-            self._on_mesh(query_embeddings),
+            top_k.on_mesh(query_embeddings, search.layout),
             ops.convert_to_tensor(table),
             k=self.k,
             search=search,
-            candidate_ids=None if self.candidate_ids is None else self._on_mesh(self.candidate_ids.value),
-            exclude_ids=self._on_mesh(exclude_ids),
+            candidate_ids=None
+            if self.candidate_ids is None
+            else top_k.on_mesh(self.candidate_ids.value, search.layout),
+            exclude_ids=top_k.on_mesh(exclude_ids, search.layout),
             excluded=excluded,
         )
         return (scores, ids) if self.return_scores else ids
@@ -377,26 +381,28 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "`candidate_ids` needs one id for each query. Received: "
                 f"shape {tuple(candidate_ids.shape)} for {query_embeddings.shape[0]} queries. Pass a flat list."
             )
-        rows = self._rows_of(candidate_ids)
-        num_candidates = self.candidate_embeddings.shape[0]
+        search = self._search()
+        num_candidates = search.num_candidates
+        # All ids at once: to look them up, the corpus is sorted.
+        ids = ops.expand_dims(candidate_ids, 1)
+        all_rows = self._rows_of(ids if exclude_ids is None else ops.concatenate([ids, exclude_ids], axis=1))
+        rows, exclude_rows = all_rows[:, 0], None if exclude_ids is None else all_rows[:, 1:]
         _check_known(candidate_ids, rows, num_candidates)
         unlisted = ops.equal(rows, num_candidates)
-        exclude_rows = None
         if exclude_ids is not None:
-            exclude_rows = self._on_mesh(self._rows_of(exclude_ids))
             unlisted = ops.logical_or(unlisted, ops.any(ops.equal(exclude_ids, ops.expand_dims(candidate_ids, 1)), 1))
         if self.exclude_ids:
             own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
             unlisted = ops.logical_or(unlisted, ops.any(ops.equal(own, ops.expand_dims(candidate_ids, 1)), axis=1))
         ranks = top_k.ranks(
-            self._on_mesh(query_embeddings),
+            top_k.on_mesh(query_embeddings, search.layout),
             ops.convert_to_tensor(self.candidate_embeddings),
-            self._on_mesh(rows),
-            search=self._search(),
-            exclude_rows=exclude_rows,
+            top_k.on_mesh(rows, search.layout),
+            search=search,
+            exclude_rows=top_k.on_mesh(exclude_rows, search.layout),
             excluded=self._excluded_rows() if self.exclude_ids else None,
         )
-        return ops.where(self._on_mesh(unlisted), num_candidates, ranks)
+        return ops.where(top_k.on_mesh(unlisted, search.layout), num_candidates, ranks)
 
     def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
         """Returns the `[num_queries, num_candidates]` float32 scores by which the index ranks."""
@@ -523,8 +529,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         return candidate_ids
 
     def _assign_table(self, embeddings: Any, candidate_ids: Any) -> None:
+        """Assigns embeddings, which are checked here, and ids, which have been."""
         shape = tuple(embeddings.shape)
-        candidate_ids = self._check_corpus(shape[0], candidate_ids)
         finite = np.isfinite(ops.convert_to_numpy(embeddings)).all(axis=1)
         if not finite.all():
             raise ValueError(
@@ -583,10 +589,6 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             recall_target=self.recall_target,
             layout=distribution.table_layout(table),
         )
-
-    def _on_mesh(self, array: Any) -> Any:
-        layout = distribution.table_layout(self.candidate_embeddings)
-        return array if layout is None or array is None else top_k.on_mesh(array, layout)
 
     def _with_own_exclude_ids(self, exclude_ids: Any, num_queries: Any) -> Any:
         own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")

@@ -7,7 +7,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rs_contrib.distribution import check_mesh_axis
 from keras_rs_contrib.padded_variable import PaddedVariable, add_table
 
 
@@ -29,9 +28,6 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
             `keras.distribution.ModelParallel`. Without a distribution, or on a mesh without the axis, which a loaded
             model may meet, the table stays whole.
         **kwargs: arguments of `keras.layers.Embedding`.
-
-    Raises:
-        ValueError: if the mesh in force has no axis `mesh_axis`.
 
     Example:
     ```python
@@ -92,6 +88,5 @@ def shard(embedding: keras.layers.Embedding, mesh_axis: str | None) -> None:
     """
     assert type(embedding) is keras.layers.Embedding
     assert not embedding.built
-    check_mesh_axis(mesh_axis)
     embedding.__class__ = ShardedEmbedding
     embedding.mesh_axis = mesh_axis

@@ -219,14 +219,14 @@ def ranks(
     return jnp.where(jnp.isnan(query_embeddings).any(axis=1), search.num_candidates, counts)
 
 
-def on_mesh(array: Any, layout: TableLayout) -> Any:
+def on_mesh(array: Any, layout: TableLayout | None) -> Any:
     """Returns `array` on the devices of the mesh, for it may lie on one that is not of it, or on one alone.
 
     Args:
-        array: array of any shape, concrete or traced.
-        layout: the mesh.
+        array: array of any shape, concrete or traced, or `None`.
+        layout: the mesh, or `None`, where the array stays where it is.
     """
-    if isinstance(array, jax.core.Tracer):
+    if array is None or layout is None or isinstance(array, jax.core.Tracer):
         return array
     return jax.device_put(array, NamedSharding(layout.mesh, PartitionSpec()))
 

@@ -39,7 +39,7 @@ except ImportError:
     faiss = None
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("quick", False, "A look at three sizes in a minute.")
+flags.DEFINE_bool("quick", False, "A look at four sizes in a minute.")
 flags.DEFINE_list("num_candidates", ["10000", "100000", "999983", "1000000"], "Rows of the table.")
 flags.DEFINE_list("num_queries", ["1", "64", "512"], "Queries in a batch.")
 flags.DEFINE_list("dimension", ["32", "64", "128"], "Sizes of an embedding.")
