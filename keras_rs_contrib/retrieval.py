@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import distribution, losses, sharded_embedding, top_k
+from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_corpus_ids, check_exclude_ids, to_int32
 from keras_rs_contrib.padded_variable import add_table, replace_rows
 
@@ -101,19 +102,19 @@ def shard_candidates(
             "`candidate_tower` must be a Keras layer or model. "
             f"Received: {candidate_tower!r} (of type {type(candidate_tower).__name__}). Wrap it in a layer."
         )
-    if _is_table(candidate_tower) and candidates is not None:
+    if is_table(candidate_tower) and candidates is not None:
         raise ValueError(
             "The index of an embedding is its whole table, live, and takes no `candidates`. Received: "
             "both. Drop `candidates`; name the rows to leave out in `exclude_ids`."
         )
-    if not _is_table(candidate_tower) and candidates is None:
+    if not is_table(candidate_tower) and candidates is None:
         raise ValueError(
             "The index of a tower that is no plain `keras.layers.Embedding` needs the tower's inputs for the whole "
             f"corpus. Received: a {type(candidate_tower).__name__} and candidates=None. Pass `candidates`, "
             "for instance `candidates=np.arange(num_candidates)` where the tower takes row numbers."
         )
     distribution.check_mesh_axis(mesh_axis)
-    if _is_table(candidate_tower):
+    if is_table(candidate_tower):
         _prepare_rows(candidate_tower, mesh_axis)
     return ShardedBruteForceRetrieval(
         candidate_tower,
@@ -174,11 +175,11 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         return_scores: bool = True,
         **kwargs: Any,
     ) -> None:
-        k = _positive_int(k, "k")
-        block_size = None if block_size is None else _positive_int(block_size, "block_size")
+        k = positive_int(k, "k")
+        block_size = None if block_size is None else positive_int(block_size, "block_size")
         _check_recall_target(recall_target)
         losses.check_similarity(similarity)
-        tied = _is_table(candidate_tower)
+        tied = is_table(candidate_tower)
         excluded = check_exclude_ids(exclude_ids)
         if tied or candidates is not None:
             num_candidates = candidate_tower.input_dim if tied else _num_rows(candidates)
@@ -228,6 +229,16 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
                 "`candidate_embeddings` belongs to the candidate tower of the index. Received: an assignment. "
                 "Drop it: `shard_candidates` has tied the two, and no build or update is needed."
             )
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the index is the table of its tower, and not a copy of the tower's output."""
+        return self._tied
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether the index over a feature tower has the tower's inputs, which are not saved with it."""
+        return self._candidates is not None
 
     def update_candidates(self, candidate_embeddings: Any, candidate_ids: Any = None) -> None:
         """Replaces the embeddings of an index over a feature tower; an error on a tied index.
@@ -324,9 +335,26 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         Raises:
             ValueError: if the shape of the queries does not fit the table's, or that of `exclude_ids` the queries'.
         """
+        scores, ids = self.find(query_embeddings, self.k, exclude_ids)
+        return (scores, ids) if self.return_scores else ids
+
+    def find(self, query_embeddings: Any, k: int, exclude_ids: Any = None) -> tuple[Any, Any]:
+        """Returns the k candidates that score highest for each query, whatever `k` and `return_scores` of the index.
+
+        Args:
+            query_embeddings: `[batch, embedding_dim]` float.
+            k: positive int.
+            exclude_ids: `[batch, m]` int32, as in a call.
+
+        Returns:
+            `(scores, ids)`, `[batch, k]` float32 and int32, as of a call.
+
+        Raises:
+            ValueError: as a call, and if `k` is more than there are candidates.
+        """
         table = self.candidate_embeddings
         self._check_queries(query_embeddings, exclude_ids)
-        self._check_k(table.shape[0])
+        self._check_k(table.shape[0], k=k)
         search = self._search()
         excluded = None
         if len(self.exclude_ids) > MAX_DROPPED:
@@ -336,7 +364,7 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         scores, ids = top_k.top_k(
             top_k.on_mesh(query_embeddings, search.layout),
             ops.convert_to_tensor(table),
-            k=self.k,
+            k=k,
             search=search,
             candidate_ids=None
             if self.candidate_ids is None
@@ -344,22 +372,23 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             exclude_ids=top_k.on_mesh(exclude_ids, search.layout),
             excluded=excluded,
         )
-        return (scores, ids) if self.return_scores else ids
+        return scores, ids
 
     def ranks(self, query_embeddings: Any, candidate_ids: Any, exclude_ids: Any = None) -> Any:
-        """Returns the place of one candidate in each query's list of the whole corpus, without a top-k.
+        """Returns the place of candidates in each query's list of the whole corpus, without a top-k.
 
         The list is that of a call with `k` the number of candidates: the rank counts the candidates that score higher,
         and those that score the same in a lower row.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float.
-            candidate_ids: `[batch]` int, the candidate of each query.
+            candidate_ids: `[batch]` int, the candidate of each query, or `[batch, n]` for several; -1 for none.
             exclude_ids: `[batch, m]` int, candidates that the query is not to get, as in a call.
 
         Returns:
-            `[batch]` int32, 0 is best. The number of candidates, which no list is long enough for, where the candidate
-            is excluded, or the query is not a number, or, while compiling, the id is that of no candidate.
+            int32, shape of `candidate_ids`, 0 is best and -1 the rank of none. The number of candidates, which no list
+            is long enough for, where the candidate is excluded, or the query is not a number, or, while compiling, the
+            id is that of no candidate.
 
         Raises:
             TypeError: if ids are no integers.
@@ -376,33 +405,39 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         if exclude_ids is not None:
             exclude_ids = ops.convert_to_tensor(to_int32(exclude_ids, "exclude_ids"))
         self._check_queries(query_embeddings, exclude_ids)
-        if tuple(candidate_ids.shape) != tuple(query_embeddings.shape[:1]):
+        shape = tuple(candidate_ids.shape)
+        if len(shape) not in (1, 2) or shape[0] != query_embeddings.shape[0]:
             raise ValueError(
-                "`candidate_ids` needs one id for each query. Received: "
-                f"shape {tuple(candidate_ids.shape)} for {query_embeddings.shape[0]} queries. Pass a flat list."
+                "`candidate_ids` needs one id for each query, or a row of them. Received: "
+                f"shape {shape} for {query_embeddings.shape[0]} queries. Pass a flat list, or rows filled with "
+                f"{NO_CANDIDATE}."
             )
         search = self._search()
         num_candidates = search.num_candidates
         # All ids at once: to look them up, the corpus is sorted.
-        ids = ops.expand_dims(candidate_ids, 1)
+        ids = candidate_ids if len(shape) == 2 else ops.expand_dims(candidate_ids, 1)
         all_rows = self._rows_of(ids if exclude_ids is None else ops.concatenate([ids, exclude_ids], axis=1))
-        rows, exclude_rows = all_rows[:, 0], None if exclude_ids is None else all_rows[:, 1:]
-        _check_known(candidate_ids, rows, num_candidates)
+        rows, exclude_rows = all_rows[:, : ids.shape[1]], None if exclude_ids is None else all_rows[:, ids.shape[1] :]
+        is_none = ops.equal(ids, NO_CANDIDATE)
+        _check_known(ids, rows, is_none, num_candidates)
         unlisted = ops.equal(rows, num_candidates)
         if exclude_ids is not None:
-            unlisted = ops.logical_or(unlisted, ops.any(ops.equal(exclude_ids, ops.expand_dims(candidate_ids, 1)), 1))
+            unlisted = ops.logical_or(unlisted, top_k.contains(exclude_ids, ids))
+        excluded = None
         if self.exclude_ids:
-            own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
-            unlisted = ops.logical_or(unlisted, ops.any(ops.equal(own, ops.expand_dims(candidate_ids, 1)), axis=1))
+            excluded = self._excluded_rows()
+            unlisted = ops.logical_or(unlisted, ops.take(excluded, ops.minimum(rows, num_candidates - 1), axis=0))
         ranks = top_k.ranks(
             top_k.on_mesh(query_embeddings, search.layout),
             ops.convert_to_tensor(self.candidate_embeddings),
             top_k.on_mesh(rows, search.layout),
             search=search,
             exclude_rows=top_k.on_mesh(exclude_rows, search.layout),
-            excluded=self._excluded_rows() if self.exclude_ids else None,
+            excluded=excluded,
         )
-        return ops.where(top_k.on_mesh(unlisted, search.layout), num_candidates, ranks)
+        ranks = ops.where(top_k.on_mesh(unlisted, search.layout), num_candidates, ranks)
+        ranks = ops.where(top_k.on_mesh(is_none, search.layout), NO_CANDIDATE, ranks)
+        return ops.reshape(ranks, shape)
 
     def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
         """Returns the `[num_queries, num_candidates]` float32 scores by which the index ranks."""
@@ -622,13 +657,13 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         known = ops.equal(ops.take(all_ids, rows, axis=0), ids)
         return ops.where(known, ops.cast(rows, "int32"), num_candidates)
 
-    def _check_k(self, num_candidates: int, num_excluded: int = 0) -> None:
+    def _check_k(self, num_candidates: int, num_excluded: int = 0, k: int | None = None) -> None:
         remaining = num_candidates - num_excluded
-        _positive_int(self.k, "k")
-        if self.k > remaining:
+        k = positive_int(self.k if k is None else k, "k")
+        if k > remaining:
             raise ValueError(
                 "`k` must not be more than the number of candidates. Received: "
-                f"k={self.k} for {num_candidates} candidates, {num_excluded} of them excluded. "
+                f"k={k} for {num_candidates} candidates, {num_excluded} of them excluded. "
                 f"Ask for at most {remaining}."
             )
 
@@ -650,12 +685,6 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             )
 
 
-def _positive_int(value: Any, name: str) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Ask for at least one.")
-    return int(value)
-
-
 def _check_recall_target(recall_target: Any) -> None:
     if recall_target is None:
         return
@@ -670,16 +699,17 @@ def _check_recall_target(recall_target: Any) -> None:
         )
 
 
-def _check_known(candidate_ids: Any, rows: Any, num_candidates: int) -> None:
+def _check_known(candidate_ids: Any, rows: Any, is_none: Any, num_candidates: int) -> None:
     """Raises `ValueError` where an id is that of no candidate, if the values are there to look at."""
     if isinstance(rows, jax.core.Tracer):
         return
-    unknown = np.flatnonzero(ops.convert_to_numpy(rows) == num_candidates)
-    if unknown.size:
+    unknown = ops.convert_to_numpy(ops.logical_and(ops.equal(rows, num_candidates), ops.logical_not(is_none)))
+    if unknown.any():
+        row, column = np.argwhere(unknown)[0]
         raise ValueError(
             "`candidate_ids` must be ids of candidates. Received: "
-            f"{int(ops.convert_to_numpy(candidate_ids)[unknown[0]])} in row {int(unknown[0])}, which is none of the "
-            f"{num_candidates}. Leave such rows out, or give them a candidate and no weight."
+            f"{int(ops.convert_to_numpy(candidate_ids)[row, column])} in row {row}, which is none of the "
+            f"{num_candidates}. Put {NO_CANDIDATE} there, for none."
         )
 
 
@@ -700,7 +730,7 @@ def _num_rows(candidates: Any) -> int:
     return lengths[0]
 
 
-def _is_table(tower: keras.layers.Layer) -> bool:
+def is_table(tower: keras.layers.Layer) -> bool:
     """Returns whether the tower's output is a row of its table and nothing more."""
     calls = (keras.layers.Embedding.call, sharded_embedding.ShardedEmbedding.call)
     return isinstance(tower, keras.layers.Embedding) and type(tower).call in calls

@@ -160,21 +160,21 @@ def top_k(
 def ranks(
     query_embeddings: Any, table: Any, target_rows: Any, search: Search, exclude_rows: Any = None, excluded: Any = None
 ) -> Any:
-    """Returns how many candidates rank before one candidate of each query, in the order of `top_k`.
+    """Returns how many candidates rank before some candidates of each query, in the order of `top_k`.
 
-    No top-k is made, and of a table whose rows are split, two numbers a query travel: the score, and the count.
+    No top-k is made, and of a table whose rows are split, two numbers a target travel: its score, and the count.
 
     Args:
         query_embeddings: `[num_queries, embedding_dim]` float.
         table: `[num_rows, embedding_dim]` float, laid out as `search.layout` says.
-        target_rows: `[num_queries]` int32, the row of the candidate whose rank is wanted.
+        target_rows: `[num_queries]` or `[num_queries, n]` int32, the rows of the candidates whose ranks are wanted.
         search: how to search.
         exclude_rows: `[num_queries, m]` int32 rows that do not count for the query; those outside the table are
             ignored. `None` for none.
         excluded: `[num_rows]` bool, True for rows that do not count; or `None`.
 
     Returns:
-        `[num_queries]` int32, 0 is best. For a query that is not a number, `search.num_candidates`.
+        int32, shape of `target_rows`, 0 is best. For a query that is not a number, `search.num_candidates`.
     """
 
     def ranks_of_shard(
@@ -194,7 +194,7 @@ def ranks(
             columns = jnp.arange(block.shape[0], dtype=jnp.int32)
             own_rows = target_rows - first_row
             is_own = (own_rows >= 0) & (own_rows < num_rows)
-            own_scores = scores[jnp.clip(own_rows, 0, num_rows - 1), columns]
+            own_scores = scores[jnp.clip(own_rows, 0, num_rows - 1), columns[:, None]]
             target_keys = exchange.maximum(jnp.where(is_own, _keys(own_scores), -jnp.inf))
             keys = _keys(scores)
             if exclude_rows is not None:
@@ -202,8 +202,15 @@ def ranks(
                 keys = keys.at[exclude_rows - first_row, columns[:, None]].set(
                     jnp.nan, mode="drop", wrap_negative_indices=False
                 )
-            before = (keys > target_keys) | ((keys == target_keys) & (rows < own_rows))
-            return jnp.sum(before & counts, axis=0, dtype=jnp.int32)
+
+            def count(target: tuple[Any, Any]) -> Any:
+                key, row = target
+                before = (keys > key) | ((keys == key) & (rows < row))
+                return jnp.sum(before & counts, axis=0, dtype=jnp.int32)
+
+            if target_rows.shape[1] == 1:
+                return count((target_keys[:, 0], own_rows[:, 0]))[:, None]
+            return lax.map(count, (target_keys.T, own_rows.T)).T
 
         return exchange.total(_in_blocks(count_in_block, num_rows, search, queries, target_rows, exclude_rows))
 
@@ -211,12 +218,13 @@ def ranks(
         ranks_of_shard,
         search,
         ("queries", query_embeddings),
-        ("queries", target_rows),
+        ("queries", target_rows.reshape(target_rows.shape[0], -1)),
         ("queries", exclude_rows),
         ("table", table),
         ("table", excluded),
     )
-    return jnp.where(jnp.isnan(query_embeddings).any(axis=1), search.num_candidates, counts)
+    no_number = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
+    return jnp.where(no_number, search.num_candidates, counts).reshape(target_rows.shape)
 
 
 def on_mesh(array: Any, layout: TableLayout | None) -> Any:
@@ -427,12 +435,12 @@ def _without_excluded(
     """
     dropped = ops.greater_equal(rows, search.num_candidates)
     if exclude_ids is not None:
-        dropped = ops.logical_or(dropped, _contains(exclude_ids, _ids(rows, candidate_ids)))
+        dropped = ops.logical_or(dropped, contains(exclude_ids, _ids(rows, candidate_ids)))
     keys, places = ops.top_k(ops.where(dropped, -np.inf, keys), k)
     return keys, ops.take_along_axis(rows, ops.cast(places, "int32"), axis=1)
 
 
-def _contains(sets: Any, ids: Any) -> Any:
+def contains(sets: Any, ids: Any) -> Any:
     """Returns which of the `[num_queries, n]` ids are in their query's set, of `[num_queries, m]`."""
     if sets.shape[1] <= MAX_COMPARED_IDS or keras.backend.backend() != "jax":
         return ops.any(ops.equal(ops.expand_dims(ids, 2), ops.expand_dims(sets, 1)), axis=2)
@@ -503,7 +511,7 @@ class Exchange:
         return array if self.row_axis is None else lax.pmax(array, self.row_axis)
 
     def total(self, array: Any) -> Any:
-        """Returns the sum of the shards' values for this device's queries, `[num_queries]`."""
+        """Returns the sum of the shards' values for this device's queries, `[num_queries, ...]`."""
         if self._gathers_queries:
             return lax.psum_scatter(array, self.row_axis, tiled=True)
         return array if self.row_axis is None else lax.psum(array, self.row_axis)

@@ -1,0 +1,13 @@
+"""Checks of arguments that several layers and metrics share."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def positive_int(value: Any, name: str) -> int:
+    """Returns `value` as an int, or raises `ValueError` where it is no positive one."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Ask for at least one.")
+    return int(value)
