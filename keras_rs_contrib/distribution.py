@@ -33,6 +33,15 @@ class TableLayout:
         return int(self.mesh.shape[self.batch_axis])
 
 
+def num_replicas() -> int:
+    """Returns over how many devices the distribution in force splits a batch, 1 without one."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh is None:
+        return 1
+    mesh = distribution.device_mesh
+    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(distribution.batch_dim_name, 1))
+
+
 def table_layout(table: keras.Variable) -> TableLayout | None:
     """Returns how `table` lies on the devices, or `None` where it lies on one, or not on a mesh.
 
