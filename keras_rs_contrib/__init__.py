@@ -1,14 +1,29 @@
 """Two-tower retrieval for Keras Recommenders on JAX."""
 
-from keras_rs_contrib.callbacks import RefreshCandidates
+from keras_rs_contrib.batches import PaddedBatches, pad_batches
+from keras_rs_contrib.callbacks import EvaluateQueries, RefreshCandidates
+from keras_rs_contrib.candidate_ids import group_candidate_ids
+from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, shard_candidates
+from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
+from keras_rs_contrib.two_tower_model import Recommendations, TwoTowerModel
 from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
 
 __all__ = [
     "DistributedTwoTowerTask",
+    "EvaluateQueries",
+    "MeanReciprocalRank",
+    "NDCGAtK",
+    "PaddedBatches",
+    "RecallAtK",
+    "Recommendations",
     "RefreshCandidates",
     "ShardedBruteForceRetrieval",
     "ShardedEmbedding",
+    "StreamingSamplingProbability",
+    "TwoTowerModel",
+    "group_candidate_ids",
+    "pad_batches",
     "shard_candidates",
 ]

@@ -1,7 +1,8 @@
-"""A callback that keeps an index over a feature tower up to date while the tower is trained."""
+"""Callbacks of training: an index kept up to date, and metrics of queries with several positives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -46,3 +47,47 @@ class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index, so that what is saved next is up to date."""
         self.index.refresh(verbose=self.verbose)
+
+
+class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
+    """Adds the corpus metrics of queries with several positives to the logs of epochs.
+
+    They stand beside what validation gives, under the same names with a prefix: in the progress bar, in the history,
+    and for callbacks that come after this one, such as `EarlyStopping`.
+
+    Args:
+        query_features: as of `TwoTowerModel.evaluate_queries`, as are the next two.
+        positive_ids: `[num_queries, m]` ints.
+        exclude_ids: `[num_queries, n]` ints.
+        epochs: the epochs to do so after, numbered from 1; `None` for each.
+        prefix: of the names in the logs.
+
+    Example:
+    ```python
+    users = np.arange(4)
+    callback = EvaluateQueries({"user_id": users}, positive_ids=[[3], [1], [2], [0]])
+    # model.fit(..., callbacks=[callback])
+    ```
+    """
+
+    def __init__(
+        self,
+        query_features: dict[str, Any],
+        positive_ids: Any,
+        exclude_ids: Any = None,
+        epochs: Iterable[int] | None = None,
+        prefix: str = "val_query_",
+    ) -> None:
+        super().__init__()
+        self.query_features = query_features
+        self.positive_ids = positive_ids
+        self.exclude_ids = exclude_ids
+        self.epochs = None if epochs is None else frozenset(epochs)
+        self.prefix = prefix
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Evaluates the queries."""
+        if logs is None or (self.epochs is not None and epoch + 1 not in self.epochs):
+            return
+        metrics = self.model.evaluate_queries(self.query_features, self.positive_ids, self.exclude_ids, verbose=0)
+        logs.update({f"{self.prefix}{name}": value for name, value in metrics.items()})

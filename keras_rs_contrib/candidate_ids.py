@@ -127,6 +127,55 @@ def check_corpus_ids(
     return None if candidate_ids is None else ids
 
 
+def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Returns the candidates of each query as one row, of pairs of a query and a candidate.
+
+    It makes the `exclude_ids` of an index from what has been seen, and the positives of a user-level evaluation from
+    what is held out.
+
+    Args:
+        query_ids: `[num_pairs]` ints, such as the users of ratings.
+        candidate_ids: `[num_pairs]` ints, such as the films rated.
+        queries: `[num_queries]` ints, the queries wanted, each once. Pairs of others are left out.
+
+    Returns:
+        `[num_queries, m]` int32, m the most pairs that one of the queries has and at least 1, rows filled with -1.
+
+    Raises:
+        TypeError: if ids are no integers.
+        ValueError: if they are not flat, the pairs' differ in number, a query comes twice, or an id is outside int32.
+
+    Example:
+    ```python
+    seen = group_candidate_ids([7, 8, 7], [100, 200, 300], queries=[8, 7])  # [[200, -1], [100, 300]]
+    ```
+    """
+    query_ids = check_candidate_ids(query_ids, "query_ids")
+    candidate_ids = check_candidate_ids(candidate_ids)
+    queries = check_candidate_ids(queries, "queries")
+    if query_ids.ndim != 1 or query_ids.shape != candidate_ids.shape or queries.ndim != 1:
+        raise ValueError(
+            "`query_ids` and `candidate_ids` must be flat and of one length, and `queries` flat. Received: shapes "
+            f"{query_ids.shape}, {candidate_ids.shape} and {queries.shape}. Pass one entry for each pair."
+        )
+    order = np.argsort(queries, kind="stable")
+    in_order = queries[order]
+    if (in_order[1:] == in_order[:-1]).any():
+        twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
+        raise ValueError(f"`queries` must differ from one another. Received: {twice} twice. Drop the duplicates.")
+    places = np.searchsorted(in_order, query_ids)
+    wanted = np.isin(query_ids, queries)
+    rows = order[places[wanted]]
+    # Pairs in the order of their rows, and within a row in their own.
+    by_row = np.argsort(rows, kind="stable")
+    rows, candidate_ids = rows[by_row], candidate_ids[wanted][by_row]
+    counts = np.bincount(rows, minlength=len(queries))
+    columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    result = np.full((len(queries), max(1, counts.max(initial=0))), NO_CANDIDATE, np.int32)
+    result[rows, columns] = candidate_ids
+    return result
+
+
 def check_exclude_ids(exclude_ids: Any) -> list[int]:
     """Returns ids to be left out, sorted, each once.
 

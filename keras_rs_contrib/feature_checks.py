@@ -1,0 +1,162 @@
+"""What is wrong with a batch of features, found on the host before the model sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AllowedIds:
+    """The values that an id feature may have.
+
+    Attributes:
+        num_rows: rows of the table that the feature is looked up in: values lie in [0, num_rows).
+        table: what the table is called in errors.
+        ids: the sorted values allowed, where they are not the rows of a table.
+    """
+
+    num_rows: int
+    table: str
+    ids: np.ndarray[Any, Any] | None = None
+
+
+@contextlib.contextmanager
+def noting_lookups(
+    tower: keras.layers.Layer, features: dict[str, Any], lookups: dict[str, AllowedIds]
+) -> Iterator[None]:
+    """Notes, while a tower runs, which features go straight into one of its embeddings.
+
+    Args:
+        tower: a layer or model.
+        features: the very tensors that the tower is called with.
+        lookups: where to note the rows of the embeddings, by the name of the feature.
+    """
+
+    def noting(embedding: keras.layers.Embedding, call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_and_note(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for name, tensor in features.items():
+                if tensor is inputs and (name not in lookups or embedding.input_dim < lookups[name].num_rows):
+                    lookups[name] = AllowedIds(embedding.input_dim, f"{embedding.name!r}")
+            return call(inputs, *args, **kwargs)
+
+        return call_and_note
+
+    embeddings = [layer for layer in tower._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
+    for embedding in embeddings:
+        # Past Keras's tracking of attributes.
+        object.__setattr__(embedding, "call", noting(embedding, embedding.call))
+    try:
+        yield
+    finally:
+        for embedding in embeddings:
+            object.__delattr__(embedding, "call")
+
+
+def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any], single: bool) -> dict[str, AllowedIds]:
+    """Returns the features that go straight into an embedding of a tower, and the rows of the embedding.
+
+    Nothing is computed: the tower is traced, also while its variables have no value.
+
+    Args:
+        tower: a layer or model that is built.
+        features: a batch of its features, as arrays.
+        single: whether the tower takes its one feature as a tensor, and not a dict.
+    """
+    variables = tower.variables
+    lookups: dict[str, AllowedIds] = {}
+
+    def run(values: list[Any], tensors: dict[str, Any]) -> None:
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping), noting_lookups(tower, tensors, lookups):
+            tower(next(iter(tensors.values())) if single else tensors, training=False)
+
+    def spec(variable: keras.Variable) -> jax.ShapeDtypeStruct:
+        shape = tuple(variable.shape)
+        if hasattr(variable, "num_rows_on_mesh"):
+            shape = (variable.num_rows_on_mesh, *shape[1:])
+        return jax.ShapeDtypeStruct(shape, variable.dtype)
+
+    jax.eval_shape(run, [spec(variable) for variable in variables], features)
+    return lookups
+
+
+def check_numbers(batch: int, features: dict[str, Any]) -> None:
+    """Raises `ValueError` where a feature is no number.
+
+    Args:
+        batch: the number of the batch, for the error.
+        features: `[num_rows, ...]` arrays.
+    """
+    for name, values in features.items():
+        values = np.asarray(values)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            row = int(np.argwhere(np.isnan(values))[0][0])
+            raise ValueError(
+                f"The feature {name!r} must hold numbers. Received: NaN in row {row} of batch {batch}. "
+                "Fill in or leave out what is missing."
+            )
+
+
+def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, AllowedIds]) -> None:
+    """Raises `ValueError` where an id is not allowed.
+
+    Args:
+        batch: the number of the batch, for the error.
+        features: `[num_rows, ...]` arrays.
+        allowed: what some of them may be.
+    """
+    for name, ids in allowed.items():
+        values = np.asarray(features[name]) if name in features else np.empty(0)
+        if values.size:
+            _check_ids(batch, name, values, ids)
+
+
+def without_strings(features: dict[str, Any], needed: list[str]) -> dict[str, Any]:
+    """Returns the features that JAX can hold, or raises `ValueError` where one that is needed is not among them.
+
+    Args:
+        features: arrays.
+        needed: names of those that the model uses.
+    """
+    result = {}
+    for name, values in features.items():
+        dtype = getattr(values, "dtype", None)
+        if not isinstance(dtype, np.dtype) or dtype.kind not in "OSU":
+            result[name] = values
+        elif name in needed:
+            raise ValueError(
+                f"The feature {name!r} must hold numbers, as all that JAX computes with. Received: dtype {dtype}. "
+                "Map it in the input pipeline, for instance by `keras.layers.StringLookup`."
+            )
+    return result
+
+
+def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: AllowedIds) -> None:
+    if values.dtype.kind not in "iufb":
+        raise ValueError(
+            f"The feature {name!r} must hold ids, as integers. Received: dtype {values.dtype} in batch {batch}. "
+            "Number them first, for instance with `keras.layers.StringLookup` in the input pipeline."
+        )
+    if allowed.ids is not None:
+        places = np.minimum(np.searchsorted(allowed.ids, values), len(allowed.ids) - 1)
+        wrong = allowed.ids[places] != values
+        rule = f"one of the {len(allowed.ids)} ids of {allowed.table}"
+    else:
+        # Two passes, which are faster than comparing each; NaN fails as well.
+        if values.min() >= 0 and values.max() < allowed.num_rows:
+            return
+        wrong = ~((values >= 0) & (values < allowed.num_rows))
+        rule = f"in [0, {allowed.num_rows - 1}], the rows of {allowed.table}"
+    if wrong.any():
+        place = tuple(np.argwhere(wrong)[0])
+        raise ValueError(
+            f"The feature {name!r} must be {rule}. Received: {values[place]} in row {place[0]} of batch {batch}. "
+            "Leave such rows out, or make the table larger."
+        )
