@@ -1,6 +1,7 @@
 """Sets up every test: the JAX backend on 8 virtual CPU devices, fixed seeds, no distribution left over."""
 
 import os
+import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,12 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Most tests build a model anew, whose programs are those of another test's: XLA compiles each once a process.
+# Processes share no folder, for JAX does not write these files atomically.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

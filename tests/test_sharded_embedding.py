@@ -1,3 +1,4 @@
+import functools
 import zipfile
 
 import h5py
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import reference
 from conftest import data_parallel, model_parallel
+from models import DIMENSION, RetrievalModel, predictions
 
-from keras_rs_contrib import DistributedTwoTowerTask, ShardedEmbedding, shard_candidates
+from keras_rs_contrib import ShardedEmbedding, shard_candidates
 from keras_rs_contrib.padded_variable import PaddedVariable
 
 # As many as there are in MovieLens 100K, and a row for none: they divide by 3 and by 9, and by no power of 2.
-NUM_USERS, NUM_MOVIES, DIMENSION = 48, 1683, 4
+NUM_USERS, NUM_MOVIES = 48, 1683
 MESHES = {
     "1 device": (lambda: None, None, 1),
     "DataParallel(2)": (lambda: data_parallel(2), "batch", 2),
@@ -31,33 +33,6 @@ def set_mesh(name):
     return mesh_axis, num_shards
 
 
-@keras.saving.register_keras_serializable(package="tests")
-class Model(keras.Model):
-    """The tutorial's model, as a user writes it."""
-
-    def __init__(self, mesh_axis=None, **kwargs):
-        super().__init__(**kwargs)
-        self.mesh_axis = mesh_axis
-        self.user_embedding = keras.layers.Embedding(NUM_USERS, DIMENSION, name="user")
-        self.movie_embedding = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie")
-        retrieval = keras_rs.layers.BruteForceRetrieval(k=5, return_scores=False)
-        self.retrieval = shard_candidates(retrieval, self.movie_embedding, exclude_ids=[0], mesh_axis=mesh_axis)
-        self.task = DistributedTwoTowerTask()
-
-    def call(self, user_ids, training=False):
-        user_embeddings = self.user_embedding(user_ids)
-        result = {"user_embeddings": user_embeddings}
-        if not training:
-            result["predictions"] = self.retrieval(user_embeddings)
-        return result
-
-    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-        return self.task(y_pred["user_embeddings"], self.movie_embedding(y["movie_id"]), labels=y["rating"])
-
-    def get_config(self):
-        return {**super().get_config(), "mesh_axis": self.mesh_axis}
-
-
 def data():
     rng = np.random.default_rng(0)
     x = rng.integers(0, NUM_USERS, 192).astype("int32")
@@ -69,7 +44,7 @@ def data():
 
 def compiled_model(optimizer="adagrad", mesh_axis=None):
     keras.utils.set_random_seed(0)
-    model = Model(mesh_axis=mesh_axis)
+    model = RetrievalModel(NUM_USERS, NUM_MOVIES, mesh_axis=mesh_axis)
     model.compile(keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.5}}))
     return model
 
@@ -78,47 +53,54 @@ def fit(model, epochs=2):
     return model.fit(*data(), batch_size=48, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
-def predictions(model):
-    users = np.arange(NUM_USERS, dtype="int32")
-    return model.predict(users, batch_size=NUM_USERS, verbose=0)["predictions"]
+@functools.cache
+def of_a_whole_table(optimizer="adagrad", fits=1):
+    """Losses of the last fit, predictions and movies, on one device."""
+    assert keras.distribution.distribution() is None
+    model = compiled_model(optimizer)
+    losses = [fit(model) for _ in range(fits)][-1]
+    return losses, predictions(model), model.the_tower.get_weights()[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_training_and_predictions_are_those_of_a_whole_table(mesh, optimizer):
-    expected = compiled_model(optimizer)
-    expected_losses, expected_predictions = fit(expected), predictions(expected)
+    expected_losses, expected_predictions, expected_table = of_a_whole_table(optimizer)
     mesh_axis, num_shards = set_mesh(mesh)
     model = compiled_model(optimizer, mesh_axis)
     np.testing.assert_allclose(fit(model), expected_losses, rtol=1e-5)
     np.testing.assert_array_equal(predictions(model), expected_predictions)
-    np.testing.assert_allclose(
-        model.movie_embedding.get_weights()[0], expected.movie_embedding.get_weights()[0], rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(model.the_tower.get_weights()[0], expected_table, rtol=1e-4, atol=1e-6)
     rows_a_device = -(-NUM_MOVIES // num_shards)
     slots = [v for v in model.optimizer.variables if v.numpy().shape == (NUM_MOVIES, DIMENSION)]
     assert slots
-    for variable in [model.movie_embedding.embeddings, *slots]:
+    for variable in [model.the_tower.embeddings, *slots]:
         assert variable.value.addressable_shards[0].data.shape == (rows_a_device, DIMENSION)
         assert variable.numpy().shape == (NUM_MOVIES, DIMENSION)
 
 
-@pytest.mark.parametrize("saved_on", ["DataParallel(8)", "ModelParallel(2x4), by axis"])
-@pytest.mark.parametrize("loaded_on", MESHES)
-def test_training_goes_on_where_it_stopped_on_another_mesh(tmp_path, saved_on, loaded_on):
-    whole = compiled_model()
-    fit(whole)
-    expected_losses, expected_predictions = fit(whole), predictions(whole)
-    mesh_axis, _ = set_mesh(saved_on)
+@pytest.fixture(scope="module", params=["DataParallel(8)", "ModelParallel(2x4), by axis"])
+def saved(request, tmp_path_factory):
+    """A file of a model that was trained on a mesh, and the axis that split its rows."""
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    mesh_axis, _ = set_mesh(request.param)
     model = compiled_model(mesh_axis=mesh_axis)
     fit(model)
-    model.save(tmp_path / "model.keras")
+    model.save(path)
+    keras.distribution.set_distribution(None)
+    return path, mesh_axis
+
+
+@pytest.mark.parametrize("loaded_on", MESHES)
+def test_training_goes_on_where_it_stopped_on_another_mesh(saved, loaded_on):
+    path, mesh_axis = saved
+    expected_losses, expected_predictions, _ = of_a_whole_table(fits=2)
     _, num_shards = set_mesh(loaded_on)
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded = keras.models.load_model(path)
     np.testing.assert_allclose(fit(loaded), expected_losses, rtol=1e-5)
     np.testing.assert_array_equal(predictions(loaded), expected_predictions)
     # The file names the axis that it was saved with; another mesh may have no such axis.
-    rows = loaded.movie_embedding.embeddings.value.addressable_shards[0].data.shape[0]
+    rows = loaded.the_tower.embeddings.value.addressable_shards[0].data.shape[0]
     axes = None if keras.distribution.distribution() is None else keras.distribution.distribution().device_mesh
     if axes is not None and (mesh_axis in axes.axis_names or MESHES[loaded_on][1] is None):
         shards = num_shards if mesh_axis is None else axes.shape[axes.axis_names.index(mesh_axis)]
@@ -176,7 +158,7 @@ def test_padding_is_in_no_file(tmp_path):
     set_mesh("DataParallel(8)")
     model = compiled_model(mesh_axis="batch")
     fit(model, epochs=1)
-    assert model.movie_embedding.embeddings.value.shape == (1688, DIMENSION)
+    assert model.the_tower.embeddings.value.shape == (1688, DIMENSION)
     model.save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as file:
         file.extract("model.weights.h5", tmp_path)

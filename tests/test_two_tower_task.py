@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import jax
 import keras
@@ -101,15 +102,22 @@ def test_pointwise_loss_and_gradients_follow_the_formulas(rng, names, constructo
     )
 
 
-@pytest.mark.parametrize("case", ["plain", "all"])
-def test_loss_and_gradients_are_those_of_one_device(rng, distribution, case):
-    batch, num_candidates = 24, 48
+@functools.cache
+def on_one_device(case):
+    """Arrays that divide over the devices, and the loss and gradients of them."""
+    rng, batch, num_candidates = np.random.default_rng(0), 24, 48
     constructor, names = SOFTMAX_CASES[case]
     queries, candidates = embeddings(rng, batch=batch, num_candidates=num_candidates)
     arguments = call_arguments(rng, names, batch, num_candidates)
+    expected = loss_and_gradients(DistributedTwoTowerTask(**constructor), queries, candidates, **arguments)
+    return queries, candidates, arguments, expected
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_loss_and_gradients_are_those_of_one_device(distribution, case):
     keras.distribution.set_distribution(None)
-    task = DistributedTwoTowerTask(**constructor)
-    expected = loss_and_gradients(task, queries, candidates, **arguments)
+    queries, candidates, arguments, expected = on_one_device(case)
+    task = DistributedTwoTowerTask(**SOFTMAX_CASES[case][0])
     if distribution is not None:
         keras.distribution.set_distribution(distribution)
 
