@@ -180,37 +180,6 @@ def split(ratings: Ratings, seed: int) -> tuple[Ratings, Ratings]:
     return ratings.select(order[:num_train]), ratings.select(order[num_train:])
 
 
-def divisible_batches(ratings: Ratings, batch_size: int, num_devices: int) -> tuple[dict[str, np.ndarray], int]:
-    """Returns ratings as arrays that fall into batches which divide over the devices.
-
-    Keras on JAX refuses other batches. Each batch is filled up with rows that are not `valid`; where all divide
-    without, there is no such row.
-
-    Args:
-        ratings: what to put into batches, in its order.
-        batch_size: ratings a batch.
-        num_devices: what each batch must divide by.
-
-    Returns:
-        Arrays `user_id`, `movie_id`, `rating` and `valid`, and the size of a batch in them.
-    """
-    padding = -batch_size % num_devices
-    num_full = len(ratings.ratings) // batch_size * batch_size
-    tail = len(ratings.ratings) - num_full
-
-    def pad(values: np.ndarray) -> np.ndarray:
-        full = np.pad(values[:num_full].reshape(-1, batch_size), ((0, 0), (0, padding)))
-        return np.concatenate([full.ravel(), np.pad(values[num_full:], (0, -tail % num_devices))])
-
-    arrays = {
-        "user_id": pad(ratings.user_ids),
-        "movie_id": pad(ratings.movie_ids),
-        "rating": pad(ratings.ratings),
-        "valid": pad(np.ones(len(ratings.ratings), dtype=bool)),
-    }
-    return arrays, batch_size + padding
-
-
 def import_tensorflow_quietly() -> None:
     """Imports TensorFlow, which greets on stderr from C++ before any setting of its own can stop it."""
     stderr = os.dup(2)

@@ -1,8 +1,10 @@
-"""Retrieval with data parallel training: the keras.io tutorial of that name, as a program.
+"""Retrieval with data parallel training: the keras.io tutorial of that name, as a program, and what goes beyond it.
 
-Trains two embedding towers on MovieLens 100K to predict ratings, on one device or many, and recommends films:
+Trains two embedding towers on MovieLens 100K, on one device or many, recommends films, and says how well. As in the
+tutorial the towers predict ratings; with --objective=retrieval they tell films that a user has watched from others:
 
     python examples/movielens_dp.py --epochs=50
+    python examples/movielens_dp.py --objective=retrieval
     python examples/movielens_dp.py --epochs=50 --num_devices=8 --users=42,7 --model_path=/tmp/movielens.keras
 
 Tutorial: A. Sharma and F. Hertschuh, "Retrieval with data parallel training", keras.io, 2025.
@@ -27,21 +29,114 @@ import movielens
 import numpy as np
 from absl import app, flags, logging
 
-from keras_rs_contrib import DistributedTwoTowerTask, shard_candidates
+from keras_rs_contrib import (
+    DistributedTwoTowerTask,
+    EvaluateQueries,
+    MeanReciprocalRank,
+    NDCGAtK,
+    RecallAtK,
+    StreamingSamplingProbability,
+    TwoTowerModel,
+    group_candidate_ids,
+    shard_candidates,
+)
 
 VALIDATE_EVERY = 5
 NUM_DEFAULT_USERS = 3
 # More virtual devices than this take a machine down rather than show anything.
 MAX_DEVICES = 256
 
+# What a flag that is not given is. For ratings: the tutorial. For retrieval: the best found on a held-out tenth of the
+# training ratings, as the README tells.
+DEFAULTS = {
+    "rating": {
+        "epochs": 50,
+        "embedding_dim": 32,
+        "initial_scale": 0.05,
+        "similarity": "dot",
+        "temperature": 1.0,
+        "optimizer": "adagrad",
+        "learning_rate": 0.2,
+        "schedule": "constant",
+        "shuffle": False,
+    },
+    "retrieval": {
+        "epochs": 20,
+        "embedding_dim": 128,
+        "initial_scale": 0.01,
+        "similarity": "cosine",
+        "temperature": 0.2,
+        "optimizer": "adam",
+        "learning_rate": 0.003,
+        "schedule": "cosine",
+        "shuffle": True,
+        "sampling_correction": "counts",
+        "remove_accidental_hits": True,
+    },
+}
+OPTIMIZERS = {"adagrad": keras.optimizers.Adagrad, "adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
+METRICS = {"recall_at_10": "Recall@10", "ndcg_at_10": "NDCG@10", "mean_reciprocal_rank": "MRR"}
+
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("epochs", 50, "Passes over the training ratings.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 1000, "Ratings a training step, over all devices.", lower_bound=1)
-flags.DEFINE_integer("embedding_dim", 32, "Dimension of the user and movie embeddings.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.2, "Learning rate of Adagrad.")
-flags.register_validator(
-    "learning_rate", lambda rate: rate > 0 and math.isfinite(rate), message="must be positive and finite"
+
+
+def by_objective(name: str) -> str:
+    """Returns the part of a flag's help that names its defaults."""
+    return (
+        "By default " + ", ".join(f"{d[name]} for {objective}" for objective, d in DEFAULTS.items() if name in d) + "."
+    )
+
+
+flags.DEFINE_enum(
+    "objective",
+    "rating",
+    list(DEFAULTS),
+    "`rating`, the tutorial: the score of a user and a film is to be the rating. `retrieval`: a film that the user has "
+    "rated, however, is to score above the other films of the batch (in-batch softmax).",
 )
+flags.DEFINE_integer("epochs", None, f"Passes over the training ratings. {by_objective('epochs')}", lower_bound=1)
+flags.DEFINE_integer("batch_size", 1000, "Ratings a training step, over all devices.", lower_bound=1)
+flags.DEFINE_integer(
+    "embedding_dim", None, f"Dimension of the user and movie embeddings. {by_objective('embedding_dim')}", lower_bound=1
+)
+flags.DEFINE_float(
+    "initial_scale",
+    None,
+    f"Embeddings begin uniform within plus and minus this. {by_objective('initial_scale')}",
+)
+flags.DEFINE_enum(
+    "similarity", None, ["dot", "cosine"], f"How a user and a film are scored. {by_objective('similarity')}"
+)
+flags.DEFINE_float("temperature", None, f"What scores are divided by. {by_objective('temperature')}")
+flags.DEFINE_enum("optimizer", None, list(OPTIMIZERS), f"The optimizer. {by_objective('optimizer')}")
+flags.DEFINE_float("learning_rate", None, f"Its learning rate, at the start. {by_objective('learning_rate')}")
+flags.DEFINE_enum(
+    "schedule",
+    None,
+    ["constant", "cosine"],
+    f"Whether the learning rate stays, or falls to 0 along half a cosine. {by_objective('schedule')}",
+)
+flags.DEFINE_bool("shuffle", None, f"Make other batches in each epoch. {by_objective('shuffle')}")
+flags.DEFINE_enum(
+    "sampling_correction",
+    None,
+    ["none", "counts", "streaming"],
+    "For retrieval: subtract the logarithm of each film's probability to be in a batch from its score, known from "
+    f"`counts` of the training ratings or from the `streaming` batches. {by_objective('sampling_correction')}",
+)
+flags.DEFINE_bool(
+    "remove_accidental_hits",
+    None,
+    "For retrieval: a user's film that is in the batch once more is no negative. "
+    f"{by_objective('remove_accidental_hits')}",
+)
+flags.DEFINE_bool("include_seen", False, "Recommend also films that the user has rated, as the tutorial does.")
+for positive in ("initial_scale", "temperature", "learning_rate"):
+    flags.register_validator(
+        positive,
+        lambda value: value is None or (value > 0 and math.isfinite(value)),
+        message="must be positive and finite",
+    )
 flags.DEFINE_integer(
     "num_devices",
     None,
@@ -73,56 +168,100 @@ flags.DEFINE_string("model_path", None, "A .keras file to save the model to, and
 flags.DEFINE_string("metrics_json", None, "A file for flags, versions, history, seconds and recommendations, as JSON.")
 
 
-@keras.saving.register_keras_serializable(package="movielens_dp")
-class RetrievalModel(keras.Model):
-    """The tutorial's two-tower rating model, with the task and the tied index in place of its own code."""
+def choose_defaults() -> None:
+    """Sets the flags that are not given to the defaults of the objective; ends the program where one does not apply."""
+    defaults = DEFAULTS[FLAGS.objective]
+    for name in sorted({name for flags_of in DEFAULTS.values() for name in flags_of}):
+        if name not in defaults and FLAGS[name].value is not None:
+            sys.exit(f"--{name}: it has no effect with --objective={FLAGS.objective}.")
+        if FLAGS[name].value is None:
+            FLAGS[name].value = defaults.get(name)
 
-    def __init__(self, num_users: int, num_candidates: int, embedding_dim: int, k: int, **kwargs):
-        super().__init__(**kwargs)
-        self.arguments = {
-            "num_users": num_users,
-            "num_candidates": num_candidates,
-            "embedding_dim": embedding_dim,
-            "k": k,
-        }
-        self.user_embedding = keras.layers.Embedding(num_users, embedding_dim)
-        self.candidate_embedding = keras.layers.Embedding(num_candidates, embedding_dim)
+
+def make_model(train: movielens.Ratings, num_steps: int) -> TwoTowerModel:
+    """Returns the model of the flags, compiled.
+
+    Args:
+        train: the ratings to train on.
+        num_steps: training steps that there will be.
+    """
+
+    def make_embedding(num_rows: int) -> keras.layers.Embedding:
+        scale = FLAGS.initial_scale
+        return keras.layers.Embedding(
+            num_rows, FLAGS.embedding_dim, embeddings_initializer=keras.initializers.RandomUniform(-scale, scale)
+        )
+
+    num_rows = train.num_movies + 1
+    user_tower, movie_tower = make_embedding(train.num_users + 1), make_embedding(num_rows)
+    task = DistributedTwoTowerTask(
+        similarity=FLAGS.similarity,
+        temperature=FLAGS.temperature,
+        remove_accidental_hits=bool(FLAGS.remove_accidental_hits),
+    )
+    sampling_probability = None
+    if FLAGS.sampling_correction == "counts":
+        counts = np.bincount(train.movie_ids, minlength=num_rows)
+        sampling_probability = StreamingSamplingProbability(num_rows, counts=counts)
+    elif FLAGS.sampling_correction == "streaming":
+        sampling_probability = StreamingSamplingProbability(num_rows)
+    model = TwoTowerModel(
+        user_tower,
+        movie_tower,
+        query_features="user_id",
+        candidate_features="movie_id",
+        label="rating" if FLAGS.objective == "rating" else None,
+        task=task,
         # Row 0 of the table is no movie.
-        self.retrieval = shard_candidates(
-            keras_rs.layers.BruteForceRetrieval(k=k, return_scores=False), self.candidate_embedding, exclude_ids=[0]
-        )
-        self.task = DistributedTwoTowerTask()
-
-    def call(self, user_ids, training=False):
-        """Returns the embeddings of the users, and outside of training the movies to recommend to them."""
-        user_embeddings = self.user_embedding(user_ids)
-        result = {"user_embeddings": user_embeddings}
-        if not training:
-            result["predictions"] = self.retrieval(user_embeddings)
-        return result
-
-    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-        """Returns the mean squared error of the ratings, each predicted by one user and one movie embedding."""
-        return self.task(
-            y_pred["user_embeddings"],
-            self.candidate_embedding(y["movie_id"]),
-            labels=y["rating"],
-            sample_weight=sample_weight,
-            candidate_mask=y["valid"],
-        )
-
-    def get_config(self):
-        """Returns the arguments of the constructor."""
-        return {**super().get_config(), **self.arguments}
+        retrieval=shard_candidates(
+            keras_rs.layers.BruteForceRetrieval(k=FLAGS.k), movie_tower, exclude_ids=[0], similarity=FLAGS.similarity
+        ),
+        sampling_probability=sampling_probability,
+        # Of users, not of pairs: see `EvaluateQueries`.
+        corpus_metrics=[],
+    )
+    learning_rate = FLAGS.learning_rate
+    if FLAGS.schedule == "cosine":
+        learning_rate = keras.optimizers.schedules.CosineDecay(learning_rate, num_steps)
+    model.compile(OPTIMIZERS[FLAGS.optimizer](learning_rate))
+    return model
 
 
-class StopWhereDiverged(keras.callbacks.Callback):
-    """Ends training after an epoch whose loss is no number."""
+def make_features(ratings: movielens.Ratings) -> dict[str, np.ndarray]:
+    """Returns the features of a batch, of all ratings."""
+    features = {"user_id": ratings.user_ids, "movie_id": ratings.movie_ids}
+    return {**features, "rating": ratings.ratings} if FLAGS.objective == "rating" else features
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Stops the model where the loss of the epoch is not finite."""
-        if not math.isfinite(logs["loss"]):
-            self.model.stop_training = True
+
+def make_metrics() -> list[keras.metrics.Metric]:
+    """Returns the metrics of `METRICS`."""
+    return [RecallAtK(10), NDCGAtK(10), MeanReciprocalRank()]
+
+
+def evaluate_popularity(train: movielens.Ratings, unseen: np.ndarray, seen: np.ndarray) -> dict[str, float]:
+    """Returns the metrics of recommending to each user the most rated films that the user has not rated.
+
+    Args:
+        train: the ratings that count.
+        unseen: `[num_users, m]` ids of the films to be found.
+        seen: `[num_users, n]` ids of films that are left out.
+    """
+    counts = np.bincount(train.movie_ids, minlength=train.num_movies + 1).astype("float32")
+    tower = keras.layers.Embedding(len(counts), 1, weights=counts[:, None])
+    index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=10), tower, exclude_ids=[0])
+    ranks = index.ranks(np.ones((len(unseen), 1), "float32"), unseen, exclude_ids=seen)
+    metrics = make_metrics()
+    for metric in metrics:
+        metric.update_state(ranks)
+    return {metric.name: float(metric.result()) for metric in metrics}
+
+
+def print_metrics(rows: dict[str, dict[str, float]]) -> None:
+    """Prints a table with a line for each of the metrics' dicts."""
+    print("Films held out for validation, ranked for each user among all that the user has not rated in training:")
+    print(" " * 28 + "".join(f"{title:>11}" for title in METRICS.values()))
+    for name, values in rows.items():
+        print(f"  {name:<26}" + "".join(f"{values[metric]:11.4f}" for metric in METRICS), flush=True)
 
 
 def choose_devices() -> list[jax.Device]:
@@ -171,12 +310,6 @@ def choose_users(num_users: int) -> np.ndarray:
     return np.array([int(user) for user in FLAGS.users])
 
 
-def recommend(model: keras.Model, users: np.ndarray, num_devices: int) -> np.ndarray:
-    """Returns the `[len(users), k]` movie ids that the model recommends."""
-    padded = np.pad(users.astype("int32"), (0, -len(users) % num_devices), mode="edge")
-    return model.predict(padded, batch_size=len(padded), verbose=0)["predictions"][: len(users)]
-
-
 def main(argv: list[str]) -> None:
     """Trains, recommends, and writes what the flags ask for."""
     if len(argv) > 1:
@@ -184,6 +317,7 @@ def main(argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:
         # What JAX and TFDS say at the level that absl sets by itself is of no use here.
         logging.set_verbosity(logging.WARNING)
+    choose_defaults()
     check_files()
     seconds = {}
 
@@ -214,65 +348,81 @@ def main(argv: list[str]) -> None:
         distribution = keras.distribution.DataParallel(devices=devices)
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(FLAGS.seed)
-    model = RetrievalModel(ratings.num_users + 1, ratings.num_movies + 1, FLAGS.embedding_dim, FLAGS.k)
-    model.compile(optimizer=keras.optimizers.Adagrad(learning_rate=FLAGS.learning_rate))
-    arrays, batch_size = movielens.divisible_batches(train, FLAGS.batch_size, len(devices))
-    validation_arrays, _ = movielens.divisible_batches(validation, FLAGS.batch_size, len(devices))
+    model = make_model(train, FLAGS.epochs * math.ceil(len(train.ratings) / FLAGS.batch_size))
+    all_users = np.arange(1, ratings.num_users + 1)
+    seen = group_candidate_ids(train.user_ids, train.movie_ids, all_users)
+    unseen = group_candidate_ids(validation.user_ids, validation.movie_ids, all_users)
+    popularity = evaluate_popularity(train, unseen, seen)
+    print_metrics({"the most popular films": popularity})
     validation_epochs = sorted({*range(VALIDATE_EVERY, FLAGS.epochs, VALIDATE_EVERY), FLAGS.epochs})
-    history = model.fit(
-        arrays.pop("user_id"),
-        arrays,
-        batch_size=batch_size,
-        epochs=FLAGS.epochs,
-        validation_data=(validation_arrays.pop("user_id"), validation_arrays),
-        validation_freq=validation_epochs,
-        callbacks=[StopWhereDiverged()],
-        shuffle=False,
-        verbose=1 if sys.stdout.isatty() else 2,
-    ).history
+    evaluate_users = EvaluateQueries(
+        {"user_id": all_users}, unseen, seen, make_metrics(), epochs=validation_epochs, prefix="val_user_"
+    )
+    try:
+        history = model.fit(
+            make_features(train),
+            batch_size=FLAGS.batch_size,
+            epochs=FLAGS.epochs,
+            validation_data=make_features(validation),
+            validation_freq=validation_epochs,
+            callbacks=[evaluate_users],
+            shuffle=FLAGS.shuffle,
+            verbose=1 if sys.stdout.isatty() else 2,
+        ).history
+    except ValueError as error:
+        sys.exit(f"{error} The learning rate is --learning_rate={FLAGS.learning_rate}.")
     seconds["training"] = time.perf_counter() - start
-    if not math.isfinite(history["loss"][-1]):
-        sys.exit(
-            f"The training loss became {history['loss'][-1]} in epoch {len(history['loss'])}. "
-            "Try a smaller --learning_rate."
-        )
-    baseline = float(np.mean((validation.ratings - train.ratings.mean()) ** 2))
 
     start = time.perf_counter()
-    recommended = recommend(model, users, len(devices))
+    rated = None if FLAGS.include_seen else group_candidate_ids(ratings.user_ids, ratings.movie_ids, users)
+    recommended = model.recommend({"user_id": users}, exclude_ids=rated).ids
     seconds["recommending"] = time.perf_counter() - start
     if FLAGS.model_path:
         start = time.perf_counter()
         model.save(FLAGS.model_path)
         loaded = keras.models.load_model(FLAGS.model_path)
-        if not np.array_equal(recommend(loaded, users, len(devices)), recommended):
+        if not np.array_equal(loaded.recommend({"user_id": users}, exclude_ids=rated).ids, recommended):
             sys.exit(f"The model loaded from {FLAGS.model_path} recommends other films than the one saved there.")
         seconds["saving and loading"] = time.perf_counter() - start
 
-    for user, movie_ids in zip(users, recommended, strict=True):
-        taste = "" if ratings.user_tastes is None else f" (taste {ratings.user_tastes[user]})"
-        print(f"\nRecommended to user {user}{taste}:")
-        for place, movie_id in enumerate(movie_ids, start=1):
-            print(f"{place:4d}. {ratings.titles[movie_id]}")
-    print(
-        f"\nFinal mean squared error of the ratings, scaled to 0..1: {history['loss'][-1]:.4f} in training, "
-        f"{history['val_loss'][-1]:.4f} in validation.\nFor comparison, the mean rating predicted for every pair has "
-        f"{baseline:.4f} in validation."
-    )
+    # A user who has rated nearly all films has fewer left than were asked for.
+    recommendations = [
+        {"user": int(user), "movie_ids": ids.tolist(), "titles": [ratings.titles[i] for i in ids]}
+        for user, ids in zip(users, [ids[ids > 0] for ids in recommended], strict=True)
+    ]
+    for recommendation in recommendations:
+        taste = "" if ratings.user_tastes is None else f" (taste {ratings.user_tastes[recommendation['user']]})"
+        print(f"\nRecommended to user {recommendation['user']}{taste}:")
+        for place, title in enumerate(recommendation["titles"], start=1):
+            print(f"{place:4d}. {title}")
+    print()
+    metrics = {name: history[f"val_user_{name}"][-1] for name in METRICS}
+    print_metrics({"the most popular films": popularity, f"this model ({FLAGS.objective})": metrics})
+    if FLAGS.objective == "rating":
+        baseline = float(np.mean((validation.ratings - train.ratings.mean()) ** 2))
+        print(
+            f"Final mean squared error of the ratings, scaled to 0..1: {history['loss'][-1]:.4f} in training, "
+            f"{history['val_loss'][-1]:.4f} in validation.\nFor comparison, the mean rating predicted for every pair "
+            f"has {baseline:.4f} in validation."
+        )
+    else:
+        baseline = None
+        print(
+            f"Final cross-entropy of a film among those of its batch: {history['loss'][-1]:.4f} in training, "
+            f"{history['val_loss'][-1]:.4f} in validation."
+        )
     print("Seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()) + ".")
     if FLAGS.model_path:
         print(f"Model saved to {FLAGS.model_path}; loaded again, it recommends the same.")
     error = None
     if FLAGS.metrics_json:
-        recommendations = [
-            {"user": int(user), "movie_ids": ids.tolist(), "titles": [ratings.titles[i] for i in ids]}
-            for user, ids in zip(users, recommended, strict=True)
-        ]
         error = write_metrics(
             num_devices=len(devices),
             device_kind=devices[0].device_kind,
             dataset=ratings.source,
             history=history,
+            user_metrics=metrics,
+            popularity_metrics=popularity,
             mean_rating_val_loss=baseline,
             validation_epochs=validation_epochs,
             seconds=seconds,

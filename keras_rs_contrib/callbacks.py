@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
 
 
@@ -59,6 +60,7 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         query_features: as of `TwoTowerModel.evaluate_queries`, as are the next two.
         positive_ids: `[num_queries, m]` ints.
         exclude_ids: `[num_queries, n]` ints.
+        metrics: metrics of ranks; by default the model's `corpus_metrics`.
         epochs: the epochs to do so after, numbered from 1; `None` for each.
         prefix: of the names in the logs.
 
@@ -75,6 +77,7 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         query_features: dict[str, Any],
         positive_ids: Any,
         exclude_ids: Any = None,
+        metrics: Iterable[RankMetric] | None = None,
         epochs: Iterable[int] | None = None,
         prefix: str = "val_query_",
     ) -> None:
@@ -82,6 +85,7 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         self.query_features = query_features
         self.positive_ids = positive_ids
         self.exclude_ids = exclude_ids
+        self.rank_metrics = None if metrics is None else list(metrics)
         self.epochs = None if epochs is None else frozenset(epochs)
         self.prefix = prefix
 
@@ -89,5 +93,7 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         """Evaluates the queries."""
         if logs is None or (self.epochs is not None and epoch + 1 not in self.epochs):
             return
-        metrics = self.model.evaluate_queries(self.query_features, self.positive_ids, self.exclude_ids, verbose=0)
-        logs.update({f"{self.prefix}{name}": value for name, value in metrics.items()})
+        values = self.model.evaluate_queries(
+            self.query_features, self.positive_ids, self.exclude_ids, self.rank_metrics, verbose=0
+        )
+        logs.update({f"{self.prefix}{name}": value for name, value in values.items()})

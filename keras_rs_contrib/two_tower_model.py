@@ -76,7 +76,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         exclude_feature: name of a feature of `[batch, m]` ids that a query is not to get in `evaluate`, `predict` and
             calls, -1 for none. Batches may lack it.
         corpus_metrics: metrics of ranks for `evaluate`, such as `RecallAtK(10)`. By default recall and NDCG at the
-            index's `k`, and the mean reciprocal rank.
+            index's `k`, and the mean reciprocal rank; none where the list is empty.
         check_inputs: whether to look at each batch on the host, before it is used, for ids that have no row in a table
             and for numbers that are NaN, and at the loss of each epoch. Embeddings inside a tower's own `call` are not
             seen.
@@ -396,8 +396,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
 
         Returns:
             With query features alone, what the index returns. With candidate features too, a dict of
-            `query_embeddings` and `candidate_embeddings`, and, outside of training, where ids and an index are there,
-            the `ranks` of the candidates in the whole corpus, `[batch]` int32.
+            `query_embeddings` and `candidate_embeddings`, and, outside of training, where ids, an index and
+            `corpus_metrics` are there, the `ranks` of the candidates in the whole corpus, `[batch]` int32.
 
         Raises:
             TypeError: if `features` is no dict.
@@ -412,7 +412,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         self._check_names(features, self.candidate_features)
         candidate_embeddings = self.candidate_tower(_select(features, self.candidate_features), training=training)
         result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings}
-        if not training and self.retrieval is not None and self.candidate_id is not None:
+        if training or self.retrieval is None or self.candidate_id is None:
+            return result
+        if self.corpus_metrics:
             self._check_names(features, [self.candidate_id])
             result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
         return result
@@ -533,6 +535,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         query_features: dict[str, Any],
         positive_ids: Any,
         exclude_ids: Any = None,
+        metrics: Iterable[RankMetric] | None = None,
         verbose: int | str = "auto",
     ) -> dict[str, float]:
         """Returns the corpus metrics of queries with several positives, such as the films a user has yet to watch.
@@ -546,10 +549,11 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 `group_candidate_ids` makes them.
             exclude_ids: `[num_queries, n]` ints, candidates that a query is not to get, such as those it has seen in
                 training, -1 for none. By default `exclude_feature`, if the features hold it.
+            metrics: metrics of ranks, whose state is left alone; by default the model's `corpus_metrics`.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one where there are many queries.
 
         Returns:
-            The value of each of the `corpus_metrics`, by name.
+            The value of each of the metrics, by name.
 
         Raises:
             TypeError: if ids are no integers.
@@ -569,7 +573,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
 
         (all_ranks,) = self._search(ranks, query_features, exclude_ids, verbose, positive_ids)
         result = {}
-        for metric in self.corpus_metrics:
+        for metric in self.corpus_metrics if metrics is None else metrics:
+            _check_type("metrics", metric, RankMetric)
             metric = type(metric).from_config(metric.get_config())
             metric.update_state(all_ranks)
             result[metric.name] = float(metric.result())
