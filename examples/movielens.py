@@ -173,10 +173,10 @@ def synthetic(seed: int = 0) -> Ratings:
     )
 
 
-def split(ratings: Ratings, seed: int) -> tuple[Ratings, Ratings]:
-    """Returns a random 80% of the ratings for training and the rest for validation."""
+def split(ratings: Ratings, seed: int, train_share: float = 0.8) -> tuple[Ratings, Ratings]:
+    """Returns a random share of the ratings for training and the rest for validation."""
     order = np.random.default_rng(seed).permutation(len(ratings.ratings))
-    num_train = len(order) * 4 // 5
+    num_train = round(len(order) * train_share)
     return ratings.select(order[:num_train]), ratings.select(order[num_train:])
 
 

@@ -150,9 +150,21 @@ flags.DEFINE_bool(
 flags.DEFINE_integer(
     "seed",
     42,
-    "Seed of the split, the initial embeddings and the stand-in data.",
+    "Seed of the split, the initial embeddings, the batches and the stand-in data.",
     lower_bound=0,
     upper_bound=2**32 - 1,
+)
+flags.DEFINE_integer(
+    "split_seed",
+    None,
+    "Seed of the split into ratings to train on and to validate on. By default that of --seed.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
+flags.DEFINE_bool(
+    "tune",
+    False,
+    "Set the validation part aside, and validate on a tenth of the training part: to choose hyperparameters by.",
 )
 flags.DEFINE_integer("k", 10, "Films to recommend to each user.", lower_bound=1)
 flags.DEFINE_list("users", None, "Users to recommend to, such as 42,7. By default three drawn by the seed.")
@@ -332,7 +344,10 @@ def main(argv: list[str]) -> None:
     users = choose_users(ratings.num_users)
     if ratings.num_movies < FLAGS.k:
         sys.exit(f"--k={FLAGS.k}: there are {ratings.num_movies} films.")
-    train, validation = movielens.split(ratings, FLAGS.seed)
+    split_seed = FLAGS.seed if FLAGS.split_seed is None else FLAGS.split_seed
+    train, validation = movielens.split(ratings, split_seed)
+    if FLAGS.tune:
+        train, validation = movielens.split(train, split_seed, train_share=0.9)
     print_source(ratings)
     print(
         f"{ratings.num_users} users, {ratings.num_movies} films, {len(train.ratings)} ratings to train on and "

@@ -51,7 +51,7 @@ def pad_batches(
     if multiple is not None:
         multiple = positive_int(multiple, "multiple")
     if isinstance(dataset, PaddedBatches):
-        return PaddedBatches(dataset.adapter, multiple, dataset.prepare)
+        return dataset.with_multiple(multiple)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(dataset)
     return padded_batches(x, y, sample_weight, multiple=multiple, batch_size=batch_size, shuffle=shuffle)
 
@@ -83,7 +83,11 @@ def padded_batches(
         class_weight: weight of each class.
     """
     if isinstance(x, PaddedBatches):
-        return PaddedBatches(x.adapter, x.multiple if multiple is None else multiple, prepare or x.prepare)
+        return PaddedBatches(x.adapter, x.multiple, prepare, x.weighs_alone)
+    weighs_alone = y is None and sample_weight is not None
+    if weighs_alone:
+        # Keras drops weights without targets, in silence.
+        x, sample_weight = (x, sample_weight), None
     adapter = data_adapters.get_data_adapter(
         x=x,
         y=y,
@@ -93,7 +97,7 @@ def padded_batches(
         shuffle=shuffle,
         class_weight=class_weight,
     )
-    return PaddedBatches(adapter, multiple, prepare)
+    return PaddedBatches(adapter, multiple, prepare, weighs_alone)
 
 
 class PaddedBatches(DataAdapter):  # type: ignore[misc]
@@ -103,6 +107,7 @@ class PaddedBatches(DataAdapter):  # type: ignore[misc]
         adapter: Keras's view of the data.
         multiple: as of `pad_batches`.
         prepare: as of `padded_batches`.
+        weighs_alone: whether `x` of the adapter is a pair of `x` and `sample_weight`.
 
     Attributes:
         sizes: how many rows each batch read since the last start has, before and after padding.
@@ -113,17 +118,25 @@ class PaddedBatches(DataAdapter):  # type: ignore[misc]
         adapter: DataAdapter,
         multiple: int | None = None,
         prepare: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None,
+        weighs_alone: bool = False,
     ) -> None:
         self.adapter = adapter
         self.multiple = multiple
         self.prepare = prepare
+        self.weighs_alone = weighs_alone
         self.sizes: list[tuple[int, int]] = []
+
+    def with_multiple(self, multiple: int | None) -> PaddedBatches:
+        """Returns the same batches, filled up otherwise."""
+        return PaddedBatches(self.adapter, multiple, self.prepare, self.weighs_alone)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch."""
         self.sizes = sizes = []
         for number, batch in enumerate(self.adapter.get_numpy_iterator()):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+            if self.weighs_alone:
+                x, sample_weight = x
             if self.prepare is not None:
                 x, y, sample_weight = self.prepare(number, x, y, sample_weight)
             size = batch_length((x, y, sample_weight))

@@ -352,6 +352,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         Raises:
             ValueError: as a call, and if `k` is more than there are candidates.
         """
+        if not self.built:
+            self.build(query_embeddings.shape)
         table = self.candidate_embeddings
         self._check_queries(query_embeddings, exclude_ids)
         self._check_k(table.shape[0], k=k)

@@ -126,7 +126,9 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
             counted = ops.cast(candidate_mask, "float32")
         num_counted = ops.sum(counted)
         kept = ops.exp(ops.divide(num_counted, -self.window))
-        gain = ops.divide(ops.subtract(1.0, kept), ops.maximum(num_counted, 1.0))
+        # 1 less what is kept, which in float32 would be nothing for a large window.
+        added = ops.negative(ops.expm1(ops.divide(num_counted, -self.window)))
+        gain = ops.divide(added, ops.maximum(num_counted, 1.0))
         places = ops.expand_dims(candidate_ids, 1)
         # Twice the same row gets twice the same share, and then two gains.
         share = ops.scatter_update(self.share, places, ops.multiply(self._share_now(candidate_ids), kept))
@@ -136,7 +138,7 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
             ops.scatter_update(self.updated_at, places, ops.broadcast_to(now, ops.shape(candidate_ids)))
         )
         self.now.assign(now)
-        self.total.assign(ops.add(ops.multiply(self.total, kept), ops.subtract(1.0, kept)))
+        self.total.assign(ops.add(ops.multiply(self.total, kept), added))
 
     def compute_output_shape(self, candidate_ids_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns the shape of the ids."""

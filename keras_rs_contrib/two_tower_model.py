@@ -259,6 +259,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             ValueError: if a batch is bad, or the loss of an epoch no number; the progress until then is in
                 `model.history`.
         """
+        x = self._without_strings(x, y)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = array_slicing.train_validation_split(
                 (x, y, sample_weight), validation_split=validation_split
@@ -521,7 +522,6 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         """
         index = self._index()
         k = index.k if k is None else k
-        index._check_k(index.candidate_embeddings.shape[0], k=k)
 
         def find(queries: Any, exclude_ids: Any) -> tuple[Any, Any]:
             scores, ids = index.find(queries, k, exclude_ids)
@@ -674,10 +674,12 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
     ) -> Any:
         """Returns batches that are checked, stripped of what JAX cannot hold, and filled up."""
         prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
-        if isinstance(x, dict):
-            # Keras stumbles over strings in arrays, before it makes batches of them.
-            x = feature_checks.without_strings(x, self._needed(queries_only, y))
+        x = self._without_strings(x, y, queries_only)
         return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
+
+    def _without_strings(self, x: Any, y: Any, queries_only: bool = False) -> Any:
+        # Keras stumbles over strings in arrays, before it makes batches of them.
+        return feature_checks.without_strings(x, self._needed(queries_only, y)) if isinstance(x, dict) else x
 
     def _batch(self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False) -> Any:
         """Returns one batch, likewise."""
@@ -911,7 +913,7 @@ def _check_type(name: str, value: Any, kind: type, optional: bool = False) -> No
 
 
 def _feature_names(argument: str, names: str | Sequence[str]) -> list[str]:
-    result = [names] if isinstance(names, str) else list(names)
+    result = [names] if isinstance(names, str) else list(names) if isinstance(names, (list, tuple)) else []
     if not result or not all(isinstance(name, str) for name in result):
         raise TypeError(
             f"`{argument}` must be the name of a feature, or several. Received: {names!r}. Pass the keys of the batch."
