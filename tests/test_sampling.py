@@ -236,6 +236,14 @@ def test_the_count_of_examples_may_wrap_around(rng):
     assert int(late.now) < 0 < int(layer.now)
 
 
+def test_what_has_not_been_seen_for_long_stays_forgotten():
+    """More than 2**31 examples, whose difference no int32 holds."""
+    layer = StreamingSamplingProbability(2, window=1_000)
+    layer(np.array([0, 1]), training=True)
+    layer.now.assign(np.array(3_000_000_000, "uint32").astype("int32"))
+    np.testing.assert_array_equal(layer(np.arange(2)), [0, 0])
+
+
 # Errors.
 
 
