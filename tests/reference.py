@@ -145,3 +145,58 @@ def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_id
         row.tolist().index(wanted) if wanted in row else len(table)
         for row, wanted in zip(lists, candidate_ids, strict=True)
     ]
+
+
+def recall(ranks, k):
+    """The share of a query's positives that are among its first k; -1 stands for no positive."""
+    positives = [int(rank) for rank in ranks if rank >= 0]
+    return sum(rank < k for rank in positives) / len(positives)
+
+
+def ndcg(ranks, k):
+    """The discounted gain of the positives among the first k over that of a list with all of them in front."""
+    positives = [int(rank) for rank in ranks if rank >= 0]
+    gain = sum(1 / math.log2(rank + 2) for rank in positives if rank < k)
+    return gain / sum(1 / math.log2(place + 2) for place in range(min(k, len(positives))))
+
+
+def reciprocal_rank(ranks):
+    """One over the place, from 1, of the best positive."""
+    return 1 / (1 + min(int(rank) for rank in ranks if rank >= 0))
+
+
+def mean_over_queries(value, ranks, sample_weight=None):
+    """The weighted mean of a value over the queries that have a positive, 0 without any."""
+    total, count = 0.0, 0.0
+    for number, row in enumerate(np.reshape(ranks, (len(ranks), -1)).tolist()):
+        if max(row) < 0:
+            continue
+        weight = 1.0 if sample_weight is None else float(sample_weight[number])
+        total += weight * value(row)
+        count += weight
+    return total / count if count else 0.0
+
+
+def sampling_probability(batches, num_candidates, window, masks=None):
+    """Each candidate's exponentially averaged share of the examples, after each batch, `[num_batches, n]`.
+
+    A batch of n examples has the weight of n examples: what came before fades by `exp(-n / window)`.
+    """
+    share, results = np.zeros(num_candidates), []
+    for number, batch in enumerate(batches):
+        mask = [True] * len(batch) if masks is None else masks[number]
+        counts = np.zeros(num_candidates)
+        for candidate, is_counted in zip(batch, mask, strict=True):
+            counts[candidate] += bool(is_counted)
+        if counts.sum():
+            kept = math.exp(-counts.sum() / window)
+            share = kept * share + (1 - kept) * counts / counts.sum()
+        results.append(share / share.sum() if share.sum() else share)
+    return np.array(results)
+
+
+def group_candidate_ids(query_ids, candidate_ids, queries):
+    """The candidates of each query, in the order of the pairs, in rows filled with -1."""
+    rows = [[c for q, c in zip(query_ids, candidate_ids, strict=True) if q == query] for query in queries]
+    width = max([1, *map(len, rows)])
+    return np.array([row + [-1] * (width - len(row)) for row in rows]).reshape(len(rows), width)

@@ -1,7 +1,14 @@
+import jax
 import numpy as np
 import pytest
+import reference
 
-from keras_rs_contrib.candidate_ids import check_candidate_ids, check_corpus_ids, check_exclude_ids
+from keras_rs_contrib.candidate_ids import (
+    check_candidate_ids,
+    check_corpus_ids,
+    check_exclude_ids,
+    group_candidate_ids,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +67,62 @@ def test_ids_to_leave_out_come_in_any_collection(exclude_ids):
 def test_ids_to_leave_out_are_a_flat_collection(exclude_ids):
     with pytest.raises(TypeError, match="`exclude_ids` must be"):
         check_exclude_ids(exclude_ids)
+
+
+# Pairs of a query and a candidate.
+
+
+@pytest.mark.parametrize("num_queries", [1, 7, 40])
+def test_pairs_become_a_row_for_each_query(rng, num_queries):
+    """Of unsorted queries, some without pairs, among pairs of queries that are not wanted."""
+    names = rng.choice(np.arange(-100, 100), 60, replace=False)
+    query_ids, candidate_ids = rng.choice(names[:50], 300), rng.integers(0, 30, 300)
+    queries = rng.permutation(
+        np.concatenate([names[50 : 50 + num_queries // 4], names[: num_queries - num_queries // 4]])
+    )
+    result = group_candidate_ids(query_ids, candidate_ids, queries)
+    assert result.dtype == np.int32
+    np.testing.assert_array_equal(
+        result, reference.group_candidate_ids(query_ids.tolist(), candidate_ids.tolist(), queries.tolist())
+    )
+
+
+@pytest.mark.parametrize(
+    ("query_ids", "candidate_ids", "queries", "expected"),
+    [
+        ([7, 8, 7], [100, 200, 300], [8, 7], [[200, -1], [100, 300]]),
+        ([7, 7, 7], [3, 1, 3], [7], [[3, 1, 3]]),
+        # Larger and smaller than every query wanted, and between them.
+        ([1, 9, 5, 4], [10, 90, 50, 40], [6, 4], [[-1], [40]]),
+        ([7, 8], [1, 2], [5], [[-1]]),
+        ([], [], [5, 4], [[-1], [-1]]),
+        ([7, 8], [1, 2], [], np.zeros((0, 1), int)),
+        ([], [], [], np.zeros((0, 1), int)),
+        ((7, 8), jax.numpy.array([1, 2]), np.array([8, 7], "uint8"), [[2], [1]]),
+        ([-(2**31), 2**31 - 1], [0, 2**31 - 1], [2**31 - 1, -(2**31)], [[2**31 - 1], [0]]),
+    ],
+)
+def test_pairs_by_hand(query_ids, candidate_ids, queries, expected):
+    result = group_candidate_ids(query_ids, candidate_ids, queries)
+    assert result.dtype == np.int32
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("query_ids", "candidate_ids", "queries", "error", "words"),
+    [
+        ([1], [2], [5, 3, 5], ValueError, "`queries` must differ from one another. Received: 5 twice"),
+        ([1, 2], [3], [1], ValueError, r"shapes \(2,\), \(1,\) and \(1,\)"),
+        ([[1, 2]], [[3, 4]], [1], ValueError, r"shapes \(1, 2\), \(1, 2\) and \(1,\)"),
+        ([1], [3], [[1]], ValueError, r"and \(1, 1\)"),
+        ([1], [3], 1, ValueError, r"and \(\)"),
+        ([1.0], [3], [1], TypeError, "`query_ids` must be integers"),
+        ([1], ["b"], [1], TypeError, "`candidate_ids` must be integers"),
+        ([1], [3], [True], TypeError, "`queries` must be integers"),
+        ([2**31], [3], [1], ValueError, "`query_ids` must lie in"),
+        ([1], [3], [2**32 + 1], ValueError, "`queries` must lie in"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(query_ids, candidate_ids, queries, error, words):
+    with pytest.raises(error, match=words):
+        group_candidate_ids(query_ids, candidate_ids, queries)

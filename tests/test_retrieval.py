@@ -161,6 +161,53 @@ def test_ranks_of_what_is_in_no_list(rng):
     np.testing.assert_array_equal(compiled(queries, jax.numpy.array([1, 10, -1]))[1:], [10, 10])
 
 
+def test_ranks_of_several_candidates_are_those_of_each(rng, distribution):
+    """Of rows with duplicates and gaps, and queries that need not divide over the devices."""
+    tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
+    names = rng.permutation(43) * 3 - 21
+    own = names[[4, 30]]
+    # The table's own layout splits its rows over the other axis.
+    mesh_axis = "batch" if isinstance(distribution, keras.distribution.DataParallel) else None
+    index = shard_candidates(brute_force(), tower, candidate_ids=names, exclude_ids=own, mesh_axis=mesh_axis)
+    queries = rng.normal(size=(22, 4)).astype("float32")
+    exclude_ids = np.concatenate([rng.choice(names, (22, 3)), np.full((22, 1), -1)], axis=1)
+    ids = rng.choice(names, (22, 3))
+    ids[rng.random(ids.shape) < 0.2] = -1
+    ids[0] = ids[0, 0]
+    # Of candidates that are in no list: the index's own exclusions, and the query's.
+    ids[1, 0], ids[2, 0] = own[1], exclude_ids[2, 1]
+    ranks = index.ranks(queries, ids, exclude_ids=exclude_ids)
+    assert (ranks.dtype, ranks.shape) == ("int32", (22, 3))
+    ranks = np.asarray(ranks)
+    arguments = {"ids": names.tolist(), "exclude_ids": own.tolist(), "exclude_ids_by_query": exclude_ids}
+    for column, wanted in enumerate(ids.T):
+        expected = reference.ranks(queries, tower.embeddings.numpy(), wanted.tolist(), **arguments)
+        np.testing.assert_array_equal(ranks[:, column], np.where(wanted == -1, -1, expected))
+        np.testing.assert_array_equal(index.ranks(queries, wanted, exclude_ids=exclude_ids), ranks[:, column])
+    np.testing.assert_array_equal(ranks == -1, ids == -1)
+    np.testing.assert_array_equal(ranks[[1, 2], 0], [43, 43])
+
+
+def test_ranks_of_several_candidates_where_one_is_unknown(rng):
+    index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4, embeddings_initializer="normal"))
+    queries = rng.normal(size=(3, 4)).astype("float32")
+    ids = np.array([[1, -1], [2, 2], [-1, -1]])
+    expected = np.asarray(index.ranks(queries, ids))
+    assert (expected[ids == -1] == -1).all()
+    compiled = jax.jit(index.ranks)
+    for unknown in (10, -2, 2**31 - 1):
+        wrong = ids.copy()
+        wrong[1, 1] = unknown
+        with pytest.raises(ValueError, match=f"{unknown} in row 1, which is none of the 10"):
+            index.ranks(queries, wrong)
+        # A compiled program cannot raise.
+        ranks = compiled(queries, wrong.astype("int32"))
+        np.testing.assert_array_equal(ranks, np.where(ids == wrong, expected, 10))
+    for shape in [(2, 2), (3, 2, 1), ()]:
+        with pytest.raises(ValueError, match="for 3 queries"):
+            index.ranks(queries, np.ones(shape, int))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
