@@ -51,7 +51,7 @@ def pad_batches(
     if multiple is not None:
         multiple = positive_int(multiple, "multiple")
     if isinstance(dataset, PaddedBatches):
-        return dataset.with_multiple(multiple)
+        return dataset if multiple is None else dataset.with_multiple(multiple)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(dataset)
     return padded_batches(x, y, sample_weight, multiple=multiple, batch_size=batch_size, shuffle=shuffle)
 
@@ -84,6 +84,11 @@ def padded_batches(
     """
     if isinstance(x, PaddedBatches):
         return PaddedBatches(x.adapter, x.multiple, prepare, x.weighs_alone)
+    arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
+    if not arrays:
+        raise ValueError("A dataset needs at least one batch. Received: None. Pass arrays or a dataset.")
+    if all(hasattr(array, "shape") for array in arrays):
+        batch_length((x, y, sample_weight))
     weighs_alone = y is None and sample_weight is not None
     if weighs_alone:
         # Keras drops weights without targets, in silence.
@@ -113,6 +118,8 @@ class PaddedBatches(DataAdapter):  # type: ignore[misc]
         sizes: how many rows each batch read since the last start has, before and after padding.
     """
 
+    _is_exhausted = False
+
     def __init__(
         self,
         adapter: DataAdapter,
@@ -132,6 +139,11 @@ class PaddedBatches(DataAdapter):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch."""
+        if self._is_exhausted:
+            raise ValueError(
+                "A generator can be read once. Received: one that has come to its end. "
+                "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which begin anew."
+            )
         self.sizes = sizes = []
         for number, batch in enumerate(self.adapter.get_numpy_iterator()):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
@@ -142,10 +154,11 @@ class PaddedBatches(DataAdapter):  # type: ignore[misc]
             size = batch_length((x, y, sample_weight))
             sizes.append((size, padded_size(size, self.multiple)))
             yield pad(x, y, sample_weight, *sizes[-1])
+        # Keras would begin anew with the batches that it has looked at, and with them alone.
+        self._is_exhausted = isinstance(self.adapter, data_adapters.GeneratorDataAdapter)
         if not sizes:
             raise ValueError(
-                "A dataset needs at least one batch. Received: one without any. "
-                "Check what it reads and filters, and whether it has been read before and cannot start again."
+                "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
             )
 
     def is_padded(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

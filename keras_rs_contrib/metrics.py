@@ -46,6 +46,7 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
                 f"`ranks` must be integers, 0 for the best. Received: dtype {dtype}. Pass what `ranks` of the index "
                 "returned."
             )
+        ranks = ops.cast(ranks, "int32")
         if len(ranks.shape) == 1:
             ranks = ops.expand_dims(ranks, 1)
         if len(ranks.shape) != 2:
@@ -53,6 +54,8 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
                 "`ranks` must have shape (num_queries,) or (num_queries, m). Received: "
                 f"shape {tuple(ranks.shape)}. Pass a row for each query."
             )
+        if ranks.shape[1] == 0:
+            ranks = ops.full((ranks.shape[0], 1), -1, dtype="int32")
         weight = ops.cast(ops.any(ops.greater_equal(ranks, 0), axis=1), self.dtype)
         if sample_weight is not None:
             sample_weight = ops.convert_to_tensor(sample_weight)

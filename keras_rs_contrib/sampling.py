@@ -65,24 +65,23 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
         self.window = window
         self.is_fixed = counts is not None
         self.supports_masking = True
-        self.share = self.add_weight(
-            shape=(num_candidates,), initializer="zeros", dtype="float32", trainable=False, name="share"
-        )
+        self.share = self._add_state((num_candidates,), "share")
         if counts is not None:
             self.share.assign(counts / counts.sum())
         else:
-            self._add_clock()
+            # The share of each candidate is that at the time of its last update. Times are counts of examples, and wrap
+            # around after 2**32 of them: what is used is their difference.
+            self.updated_at = self._add_state((num_candidates,), "updated_at", "int32")
+            self.now = self._add_state((), "now", "int32")
+            # The sum of all shares: below 1 until the average is full.
+            self.total = self._add_state((), "total")
+            # A step changes a share by so little that what float32 cuts off would add up over the window.
+            self.share_error = self._add_state((num_candidates,), "share_error")
+            self.total_error = self._add_state((), "total_error")
         self.built = True
 
-    def _add_clock(self) -> None:
-        # The share of each candidate is that at the time of its last update. Times are counts of examples, and wrap
-        # around: what is used is their difference.
-        self.updated_at = self.add_weight(
-            shape=(self.num_candidates,), initializer="zeros", dtype="int32", trainable=False, name="updated_at"
-        )
-        self.now = self.add_weight(shape=(), initializer="zeros", dtype="int32", trainable=False, name="now")
-        # The sum of all shares: below 1 until the average is full.
-        self.total = self.add_weight(shape=(), initializer="zeros", dtype="float32", trainable=False, name="total")
+    def _add_state(self, shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
+        return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, trainable=False, name=name)
 
     def __call__(self, candidate_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what `call` does."""
@@ -97,48 +96,66 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
             training: whether to count the batch.
 
         Returns:
-            `[batch]` float32 in [0, 1]: 0 for a candidate that has not been seen, and NaN, on JAX, for an id out of
-            range.
+            `[batch]` float32 in [0, 1]: 0 for a candidate that has not been seen, and NaN for an id out of range, which
+            is not counted either.
 
         Raises:
             TypeError: if ids are no integers.
-            ValueError: if the ids are not flat.
+            ValueError: if the ids are not flat, or the mask has another shape.
         """
         if len(candidate_ids.shape) != 1:
             raise ValueError(
                 f"`candidate_ids` must have shape (batch,). Received: shape {tuple(candidate_ids.shape)}. Flatten them."
             )
+        if candidate_mask is not None and tuple(candidate_mask.shape) != tuple(candidate_ids.shape):
+            raise ValueError(
+                "`candidate_mask` needs one bool for each of the ids. Received: "
+                f"shape {tuple(candidate_mask.shape)} for ids of shape {tuple(candidate_ids.shape)}. Flatten it."
+            )
+        known = ops.logical_and(ops.greater_equal(candidate_ids, 0), ops.less(candidate_ids, self.num_candidates))
+        rows = ops.clip(candidate_ids, 0, self.num_candidates - 1)
         if self.is_fixed:
-            return ops.take(self.share, candidate_ids, axis=0)
+            return ops.where(known, ops.take(self.share, rows, axis=0), float("nan"))
         if training:
-            self._count(candidate_ids, candidate_mask)
-        return ops.divide_no_nan(self._share_now(candidate_ids), self.total)
+            counted = known if candidate_mask is None else ops.logical_and(known, ops.cast(candidate_mask, "bool"))
+            self._count(rows, ops.cast(counted, "float32"))
+        share = ops.multiply(ops.take(self.share, rows, axis=0), ops.exp(self._age(rows)))
+        return ops.where(known, ops.divide_no_nan(share, self.total), float("nan"))
 
-    def _share_now(self, candidate_ids: Any) -> Any:
-        elapsed = ops.subtract(self.now, ops.take(self.updated_at, candidate_ids, axis=0))
-        elapsed = ops.cast(ops.cast(elapsed, "uint32"), "float32")
-        return ops.multiply(ops.take(self.share, candidate_ids, axis=0), ops.exp(ops.divide(elapsed, -self.window)))
+    def _age(self, rows: Any) -> Any:
+        """Returns how long ago the share of each row was updated, in windows, negative."""
+        elapsed = ops.cast(ops.subtract(self.now, ops.take(self.updated_at, rows, axis=0)), "uint32")
+        return ops.divide(ops.cast(elapsed, "float32"), -self.window)
 
-    def _count(self, candidate_ids: Any, candidate_mask: Any) -> None:
-        if candidate_mask is None:
-            counted = ops.ones_like(candidate_ids, dtype="float32")
-        else:
-            counted = ops.cast(candidate_mask, "float32")
+    def _count(self, rows: Any, counted: Any) -> None:
+        """Adds a batch to the average, of which the rows weigh 1, or 0 where they are not counted."""
         num_counted = ops.sum(counted)
-        kept = ops.exp(ops.divide(num_counted, -self.window))
-        # 1 less what is kept, which in float32 would be nothing for a large window.
-        added = ops.negative(ops.expm1(ops.divide(num_counted, -self.window)))
-        gain = ops.divide(added, ops.maximum(num_counted, 1.0))
-        places = ops.expand_dims(candidate_ids, 1)
-        # Twice the same row gets twice the same share, and then two gains.
-        share = ops.scatter_update(self.share, places, ops.multiply(self._share_now(candidate_ids), kept))
-        self.share.assign(ops.scatter_update(share, places, ops.multiply(counted, gain), reduction="add"))
+        batch_age = ops.divide(num_counted, -self.window)
+        # What the batch weighs in the average, 1 - exp(-n / window), and a single one of its examples.
+        gain = ops.negative(ops.expm1(batch_age))
+        gain_of_one = ops.divide_no_nan(gain, num_counted)
+        share, error = ops.take(self.share, rows, axis=0), ops.take(self.share_error, rows, axis=0)
+        gained = ops.multiply(_sum_of_equals(rows, counted), gain_of_one)
+        age = ops.add(self._age(rows), batch_age)
+        # Of a share that has faded to little, the difference would be less exact than the quotient.
+        is_old = ops.less(age, -0.5)
+        sum_if_old = ops.add(ops.multiply(share, ops.exp(age)), gained)
+        share, error = _add_compensated(share, error, ops.add(ops.multiply(share, ops.expm1(age)), gained))
+        share, error = ops.where(is_old, sum_if_old, share), ops.where(is_old, 0.0, error)
         now = ops.add(self.now, ops.cast(num_counted, "int32"))
-        self.updated_at.assign(
-            ops.scatter_update(self.updated_at, places, ops.broadcast_to(now, ops.shape(candidate_ids)))
-        )
+        places = ops.expand_dims(rows, 1)
+        # Where a row comes twice, it gets the same twice.
+        self.share.assign(ops.scatter_update(self.share, places, share))
+        self.share_error.assign(ops.scatter_update(self.share_error, places, error))
+        self.updated_at.assign(ops.scatter_update(self.updated_at, places, ops.broadcast_to(now, ops.shape(rows))))
         self.now.assign(now)
-        self.total.assign(ops.add(ops.multiply(self.total, kept), added))
+        total, error = _add_compensated(
+            ops.convert_to_tensor(self.total),
+            ops.convert_to_tensor(self.total_error),
+            ops.multiply(gain, ops.subtract(1.0, self.total)),
+        )
+        self.total.assign(total)
+        self.total_error.assign(error)
 
     def compute_output_shape(self, candidate_ids_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns the shape of the ids."""
@@ -161,6 +178,32 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
         is_fixed = config.pop("is_fixed")
         # Weights replace these.
         return cls(**config, counts=np.ones(config["num_candidates"]) if is_fixed else None)
+
+
+def _sum_of_equals(rows: Any, values: Any) -> Any:
+    """Returns, for each place, the sum of the values at all places with the same row.
+
+    Args:
+        rows: `[batch]` int32.
+        values: `[batch]` float32.
+    """
+    order = ops.argsort(rows)
+    in_order = ops.take(rows, order, axis=0)
+    begins = ops.concatenate([ops.zeros((1,), "int32"), ops.cast(ops.not_equal(in_order[1:], in_order[:-1]), "int32")])
+    group_in_order = ops.cumsum(begins)[: ops.shape(rows)[0]]
+    sums = ops.segment_sum(ops.take(values, order, axis=0), group_in_order, num_segments=rows.shape[0])
+    group = ops.take(group_in_order, ops.argsort(order), axis=0)
+    return ops.take(sums, group, axis=0)
+
+
+def _add_compensated(total: Any, error: Any, change: Any) -> tuple[Any, Any]:
+    """Returns the sum of `total` and `change`, and what it is too large by, for the next addition to make up for.
+
+    Reference: W. Kahan, "Further remarks on reducing truncation errors", CACM 8(1), 1965.
+    """
+    change = ops.subtract(change, error)
+    result = ops.add(total, change)
+    return result, ops.subtract(ops.subtract(result, total), change)
 
 
 def _check_window(window: Any) -> float:
