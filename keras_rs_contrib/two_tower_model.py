@@ -413,6 +413,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         self._check_names(features, self.candidate_features)
         candidate_embeddings = self.candidate_tower(_select(features, self.candidate_features), training=training)
         result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings}
+        if self.retrieval is not None and not self.retrieval.built:
+            # Also where nothing below calls it: Keras wants all layers built by the first batch.
+            self.retrieval.build(query_embeddings.shape)
         if training or self.retrieval is None or self.candidate_id is None:
             return result
         if self.corpus_metrics:

@@ -3,7 +3,7 @@ import keras_rs
 import numpy as np
 import pytest
 
-from keras_rs_contrib import RefreshCandidates, shard_candidates
+from keras_rs_contrib import EvaluateQueries, RecallAtK, RefreshCandidates, TwoTowerModel, shard_candidates
 
 DIMENSION = 4
 
@@ -77,3 +77,23 @@ def test_a_tied_index_is_left_alone():
     RefreshCandidates(index).on_test_begin()
     with pytest.raises(ValueError, match="takes no `candidates`"):
         index.refresh(np.arange(5))
+
+
+@pytest.mark.parametrize("epochs", [None, [2]])
+def test_metrics_of_queries_stand_in_the_history(epochs):
+    model = TwoTowerModel(keras.layers.Embedding(6, 4), keras.layers.Embedding(8, 4), "user_id", "movie_id")
+    model.compile(keras.optimizers.Adam(0.1))
+    users, positives = {"user_id": np.arange(6)}, np.array([[1, 2], [3, -1], [-1, -1], [0, 7], [5, 4], [6, 2]])
+    seen = []
+
+    class Noting(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(model.evaluate_queries(users, positives, metrics=[RecallAtK(2)])["recall_at_2"])
+            if "val_query_recall_at_2" in logs:
+                assert logs["val_query_recall_at_2"] == seen[-1]
+
+    evaluate = EvaluateQueries(users, positives, metrics=[RecallAtK(2)], epochs=epochs)
+    data = {"user_id": np.arange(6).repeat(4), "movie_id": np.arange(24) % 8}
+    history = model.fit(data, epochs=3, verbose=0, callbacks=[evaluate, Noting()]).history
+    assert history["val_query_recall_at_2"] == (seen if epochs is None else [seen[1]])
+    assert len(set(seen)) > 1

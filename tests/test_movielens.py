@@ -54,20 +54,6 @@ def test_the_split_is_a_partition_made_from_its_seed():
     assert not np.array_equal(movielens.split(ratings, 2)[0].movie_ids, train.movie_ids)
 
 
-@pytest.mark.parametrize(
-    ("num_ratings", "batch_size", "num_devices"), [(100, 10, 2), (103, 10, 3), (7, 10, 4), (20, 3, 1)]
-)
-def test_batches_divide_and_keep_every_rating_in_order(num_ratings, batch_size, num_devices):
-    ratings = movielens.synthetic(0).select(np.arange(num_ratings))
-    arrays, padded_size = movielens.divisible_batches(ratings, batch_size, num_devices)
-    batches = [arrays["valid"][i : i + padded_size] for i in range(0, len(arrays["valid"]), padded_size)]
-    assert all(len(batch) % num_devices == 0 for batch in batches)
-    expected_sizes = [min(batch_size, num_ratings - start) for start in range(0, num_ratings, batch_size)]
-    assert [batch.sum() for batch in batches] == expected_sizes
-    np.testing.assert_array_equal(arrays["movie_id"][arrays["valid"]], ratings.movie_ids)
-    np.testing.assert_array_equal(arrays["rating"][arrays["valid"]], ratings.ratings)
-
-
 def test_without_data_and_network_auto_goes_on_and_movielens_stops(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(movielens, "MOVIELENS_HOST", "http://127.0.0.1:9/")
     assert movielens.load("auto", str(tmp_path), seed=0).source == "synthetic"

@@ -31,7 +31,20 @@ def test_the_quick_start_runs_as_printed(tmp_path):
     assert result.stdout.endswith("(2, 3) (2, 3)\n")
 
 
-PUBLIC = ["DistributedTwoTowerTask", "RefreshCandidates", "ShardedEmbedding", "shard_candidates"]
+PUBLIC = [
+    "DistributedTwoTowerTask",
+    "EvaluateQueries",
+    "MeanReciprocalRank",
+    "NDCGAtK",
+    "RecallAtK",
+    "RefreshCandidates",
+    "ShardedEmbedding",
+    "StreamingSamplingProbability",
+    "TwoTowerModel",
+    "group_candidate_ids",
+    "pad_batches",
+    "shard_candidates",
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -51,8 +64,9 @@ def test_every_public_name_is_documented_and_in_the_readme():
 @pytest.mark.slow
 def test_another_backend_does_what_needs_no_devices():
     script = """
-        import keras, keras_rs, numpy as np
-        from keras_rs_contrib import DistributedTwoTowerTask, shard_candidates
+        import keras, keras_rs, numpy as np, sys
+        from keras_rs_contrib import DistributedTwoTowerTask, NDCGAtK, StreamingSamplingProbability, TwoTowerModel
+        from keras_rs_contrib import pad_batches, shard_candidates
         assert keras.backend.backend() == "tensorflow"
         queries = np.eye(3, 4, dtype="float32")
         loss = DistributedTwoTowerTask(num_hard_negatives=2, remove_accidental_hits=True)(
@@ -73,6 +87,20 @@ def test_another_backend_does_what_needs_no_devices():
         else:
             raise AssertionError
         assert index(queries, exclude_ids=[[1], [-1], [2]])[1].numpy().tolist() == [[2, -1], [1, 2], [1, -1]]
+        for ranks in ([0, 3], [[1, -1], [0, 7]]):
+            metric = NDCGAtK(3)
+            metric.update_state(ranks)
+            print(float(metric.result()), file=sys.stderr)
+        sampling = StreamingSamplingProbability(4)
+        assert sampling(np.array([3, 0, 3, 1]), training=True).numpy().tolist() == [0.5, 0.25, 0.5, 0.25]
+        assert np.isnan(sampling(np.array([4]), training=True).numpy()[0])
+        assert [len(sample_weight) for _, _, sample_weight in pad_batches(np.arange(5), 4)] == [8]
+        try:
+            TwoTowerModel(tower, tower, "a", "b")
+        except NotImplementedError as error:
+            assert "JAX" in str(error)
+        else:
+            raise AssertionError
         try:
             index.ranks(queries, [0, 1, 2])
         except NotImplementedError as error:
