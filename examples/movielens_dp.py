@@ -51,6 +51,7 @@ MAX_DEVICES = 256
 DEFAULTS = {
     "rating": {
         "epochs": 50,
+        "batch_size": 1000,
         "embedding_dim": 32,
         "initial_scale": 0.05,
         "similarity": "dot",
@@ -61,7 +62,8 @@ DEFAULTS = {
         "shuffle": False,
     },
     "retrieval": {
-        "epochs": 20,
+        "epochs": 10,
+        "batch_size": 500,
         "embedding_dim": 128,
         "initial_scale": 0.01,
         "similarity": "cosine",
@@ -95,7 +97,9 @@ flags.DEFINE_enum(
     "rated, however, is to score above the other films of the batch (in-batch softmax).",
 )
 flags.DEFINE_integer("epochs", None, f"Passes over the training ratings. {by_objective('epochs')}", lower_bound=1)
-flags.DEFINE_integer("batch_size", 1000, "Ratings a training step, over all devices.", lower_bound=1)
+flags.DEFINE_integer(
+    "batch_size", None, f"Ratings a training step, over all devices. {by_objective('batch_size')}", lower_bound=1
+)
 flags.DEFINE_integer(
     "embedding_dim", None, f"Dimension of the user and movie embeddings. {by_objective('embedding_dim')}", lower_bound=1
 )

@@ -28,6 +28,8 @@ from keras_rs_contrib.distribution import TableLayout
 BLOCK_SIZE = 2**26
 # Queries in a block: enough for a matrix product at full speed, and 64 columns of scores fill whole vectors.
 QUERIES_IN_BLOCK = 64
+# Of a small corpus, a block has more of them: up to so many scores stay in the cache.
+CACHED_SCORES = 2**19
 # Rows that the product with a single query takes at once: XLA's 8, and some to spare.
 KERNEL_ROWS = 16
 # Scores in a block from which on two levels pay.
@@ -304,7 +306,7 @@ def _in_blocks(function: Callable[..., Any], num_rows: int, search: Search, *arr
         *arrays: `[num_queries, ...]`, or `None`.
     """
     num_queries = arrays[0].shape[0]
-    most = max(1, min(QUERIES_IN_BLOCK, search.block_size // num_rows))
+    most = max(1, min(max(QUERIES_IN_BLOCK, CACHED_SCORES // num_rows), search.block_size // num_rows))
     num_blocks = max(1, -(-num_queries // most))
     if num_blocks == 1:
         return function(*arrays)

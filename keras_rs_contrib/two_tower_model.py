@@ -8,18 +8,17 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import keras
 import keras_rs
 import numpy as np
-from jax import lax
-from jax import numpy as jnp
 from keras import ops
 from keras.src import backend
 from keras.src.trainers.data_adapters import array_slicing
 
 from keras_rs_contrib import batches, feature_checks, losses
 from keras_rs_contrib.candidate_ids import check_candidate_ids
+from keras_rs_contrib.checksum import checksum
+from keras_rs_contrib.guards import StopWhereNoNumber, WeightsKept, with_callbacks
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, is_table, shard_candidates
 from keras_rs_contrib.sampling import StreamingSamplingProbability
@@ -280,13 +279,13 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
-        stop = _StopWhereNoNumber()
-        with _WeightsKept(self) as kept:
+        stop = StopWhereNoNumber()
+        with WeightsKept(self) as kept:
             history = super().fit(
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=_with_callbacks(callbacks, stop, kept),
+                callbacks=with_callbacks(callbacks, stop, kept),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -319,9 +318,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         within_fit = kwargs.get("_use_cached_eval_dataset", False)
         if not within_fit:
             x = self._batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
-            with _WeightsKept(self) as kept:
+            with WeightsKept(self) as kept:
                 logs = super().evaluate(
-                    x, verbose=verbose, steps=steps, callbacks=_with_callbacks(callbacks, kept), return_dict=True
+                    x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept), return_dict=True
                 )
         else:
             logs = super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=True, **kwargs)
@@ -355,8 +354,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         self.refresh_index()
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
         x = self._batches(x, batch_size=batch_size, steps=steps, queries_only=True)
-        with _WeightsKept(self) as kept:
-            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=_with_callbacks(callbacks, kept))
+        with WeightsKept(self) as kept:
+            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept))
         is_padded = x.is_padded(len(keras.tree.flatten(outputs)[0]))
         if not is_padded.any():
             return outputs
@@ -593,9 +592,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         if index is None or index.is_tied:
             return
         # Without the state of random generators, which has no part in inference.
-        checksum = _checksum(self.candidate_tower.weights)
+        now = checksum(self.candidate_tower.weights)
         known = ops.convert_to_numpy(self.tower_checksum)
-        if np.array_equal(known, checksum):
+        if np.array_equal(known, now):
             return
         if index.has_candidates:
             index.refresh()
@@ -605,7 +604,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 "inputs, which are not saved with it. Received: a stale index. "
                 "Pass them: `model.retrieval.refresh(candidates)`."
             )
-        self.tower_checksum.assign(checksum)
+        self.tower_checksum.assign(now)
 
     # Saving.
 
@@ -837,76 +836,6 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         )
 
 
-class _StopWhereNoNumber(keras.callbacks.Callback):  # type: ignore[misc]
-    """Stops training after an epoch with a loss that is no number.
-
-    Attributes:
-        found: name and value of the loss and the epoch, or `None`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: tuple[str, float, int] | None = None
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Looks at the losses."""
-        for name in ("loss", "val_loss"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value) and self.model.check_inputs:
-                self.found = (name, float(value), epoch)
-                self.model.stop_training = True
-                return
-
-
-class _WeightsKept(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps a model's weights, within `with`, where reading the data fails.
-
-    Keras on JAX takes the values out of the variables before it asks for the first batch, and does not put them back
-    where there is none.
-
-    Args:
-        model: the model.
-    """
-
-    def __init__(self, model: keras.Model) -> None:
-        super().__init__()
-        self.set_model(model)
-        self._values: list[tuple[keras.Variable, Any]] = []
-
-    def __enter__(self) -> _WeightsKept:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
-        self.model.jax_state_sync()
-        for variable, value in self._values:
-            if variable._value is None and not value.is_deleted():
-                variable._value = value
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the values, which the variables have now."""
-        optimizer = getattr(self.model, "optimizer", None)
-        variables = [*self.model.variables, *self.model.metrics_variables, *(optimizer.variables if optimizer else [])]
-        self._values = [(variable, variable._value) for variable in variables if variable._value is not None]
-
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Does as for an epoch."""
-        self.on_epoch_begin(0)
-
-    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Does as for an epoch."""
-        self.on_epoch_begin(0)
-
-
-def _with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
-    for callback in added:
-        callbacks.append(callback)
-    return callbacks
-
-
 def _check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
     if isinstance(value, kind) or (optional and value is None):
         return
@@ -950,26 +879,3 @@ def _tied_index(
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
     return retrieval
-
-
-def _checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Returns two numbers that change with any bit of the variables, and with the order of their elements."""
-    # A table that is split may have rows that are none, whose values depend on the number of devices.
-    arrays = [variable.value[: variable.shape[0]] if variable.shape else variable.value for variable in variables]
-    return np.asarray(_checksum_on_device(arrays))
-
-
-@jax.jit
-def _checksum_on_device(arrays: list[Any]) -> Any:
-    # Not both 0, which stands for no checksum.
-    total = jnp.ones(2, jnp.uint32)
-    for array in arrays:
-        size = array.dtype.itemsize * 8
-        bits = lax.bitcast_convert_type(array, f"uint{size}") if array.dtype != bool else array
-        bits = bits.reshape(-1).astype(jnp.uint32)
-        places = lax.iota(jnp.uint32, bits.size)
-        for i, (factor, step) in enumerate(((2654435761, 1), (2246822519, 7))):
-            # Odd weights: no change of a single element is lost.
-            weights = (places * np.uint32(factor) + np.uint32(step)) | np.uint32(1)
-            total = total.at[i].set(total[i] * np.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32))
-    return total
