@@ -22,8 +22,10 @@ def pad_batches(
     Keras on JAX refuses other batches under a distribution. The result goes to `fit` and `evaluate` of any Keras model,
     which see `(x, y, sample_weight)`. Added rows repeat the last row of their batch, so that they hold what the model
     can take; those of a batch without any row are zeros. A loss or a metric leaves them out that honours
-    `sample_weight`; for in-batch negatives, `sample_weight != 0` is the task's `candidate_mask`. `predict` gives them
-    predictions, to be dropped where `sample_weight` is 0. `TwoTowerModel` does all this by itself.
+    `sample_weight`, with the reduction `"mean_with_sample_weight"` of losses, and `weighted_metrics` of `compile`; for
+    in-batch negatives, `sample_weight != 0` is the task's `candidate_mask`. `predict` gives them predictions, to be
+    dropped where `sample_weight` is 0. `TwoTowerModel` does all this by itself. What mixes the rows of a batch in
+    training, such as batch normalization, sees the added rows.
 
     Args:
         dataset: batches, as a `tf.data.Dataset`, a `keras.utils.PyDataset`, or whatever else `fit` takes; or arrays to
@@ -52,6 +54,8 @@ def pad_batches(
         multiple = positive_int(multiple, "multiple")
     if isinstance(dataset, PaddedBatches):
         return dataset if multiple is None else dataset.with_multiple(multiple)
+    if batch_size is not None:
+        batch_size = positive_int(batch_size, "batch_size")
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(dataset)
     return padded_batches(x, y, sample_weight, multiple=multiple, batch_size=batch_size, shuffle=shuffle)
 
@@ -236,7 +240,13 @@ def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[A
 
 def batch_length(batch: Any) -> int:
     """Returns how many rows the arrays of a batch have, or raises `ValueError` where they differ."""
-    lengths = {int(array.shape[0]) for array in keras.tree.flatten(batch) if array is not None}
+    arrays = [array for array in keras.tree.flatten(batch) if array is not None]
+    if any(len(array.shape) == 0 for array in arrays):
+        raise ValueError(
+            "The arrays of a batch must have a row for each example. Received: a single number. "
+            "Make batches of the dataset first: `dataset.batch(batch_size)`."
+        )
+    lengths = {int(array.shape[0]) for array in arrays}
     if len(lengths) != 1:
         raise ValueError(
             "The arrays of a batch must have a row for each example. Received: "

@@ -89,6 +89,15 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         self.epochs = None if epochs is None else frozenset(epochs)
         self.prefix = prefix
 
+    def set_model(self, model: keras.Model) -> None:
+        """Takes the model, or raises `TypeError` where it evaluates no queries."""
+        if not hasattr(model, "evaluate_queries"):
+            raise TypeError(
+                "`EvaluateQueries` needs a `TwoTowerModel`. "
+                f"Received: a model of type {type(model).__name__}. Rank with its index in a callback of your own."
+            )
+        super().set_model(model)
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Evaluates the queries."""
         if logs is None or (self.epochs is not None and epoch + 1 not in self.epochs):

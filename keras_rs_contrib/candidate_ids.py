@@ -139,7 +139,8 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
         queries: `[num_queries]` ints, the queries wanted, each once. Pairs of others are left out.
 
     Returns:
-        `[num_queries, m]` int32, m the most pairs that one of the queries has and at least 1, rows filled with -1.
+        `[num_queries, m]` int32, m the most candidates that one of the queries has and at least 1, rows filled with -1.
+        Each candidate stands in a row once, in the order of its first pair.
 
     Raises:
         TypeError: if ids are no integers.
@@ -165,6 +166,9 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
         raise ValueError(f"`queries` must differ from one another. Received: {twice} twice. Drop the duplicates.")
     places = np.searchsorted(in_order, query_ids)
     wanted = np.isin(query_ids, queries)
+    # Watched twice is watched: of equal pairs, the first.
+    _, first = np.unique(np.stack([query_ids, candidate_ids]), axis=1, return_index=True)
+    wanted &= np.isin(np.arange(len(query_ids)), first)
     rows = order[places[wanted]]
     # Pairs in the order of their rows, and within a row in their own.
     by_row = np.argsort(rows, kind="stable")

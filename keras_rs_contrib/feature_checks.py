@@ -88,7 +88,7 @@ def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any], sing
 
 
 def check_numbers(batch: int, features: dict[str, Any]) -> None:
-    """Raises `ValueError` where a feature is no number.
+    """Raises `ValueError` where a feature is NaN or infinite.
 
     Args:
         batch: the number of the batch, for the error.
@@ -96,10 +96,10 @@ def check_numbers(batch: int, features: dict[str, Any]) -> None:
     """
     for name, values in features.items():
         values = np.asarray(values)
-        if values.dtype.kind == "f" and np.isnan(values).any():
-            row = int(np.argwhere(np.isnan(values))[0][0])
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            place = tuple(np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
-                f"The feature {name!r} must hold numbers. Received: NaN in row {row} of batch {batch}. "
+                f"{name} must hold finite numbers. Received: {values[place]} in row {place[0]} of batch {batch}. "
                 "Fill in or leave out what is missing."
             )
 
@@ -149,11 +149,12 @@ def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: All
         wrong = allowed.ids[places] != values
         rule = f"one of the {len(allowed.ids)} ids of {allowed.table}"
     else:
-        # Two passes, which are faster than comparing each; NaN fails as well.
-        if values.min() >= 0 and values.max() < allowed.num_rows:
+        # Two passes, which are faster than comparing each.
+        is_whole = values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+        if is_whole and values.min() >= 0 and values.max() < allowed.num_rows:
             return
-        wrong = ~((values >= 0) & (values < allowed.num_rows))
-        rule = f"in [0, {allowed.num_rows - 1}], the rows of {allowed.table}"
+        wrong = ~((values >= 0) & (values < allowed.num_rows) & (values == np.floor(values)))
+        rule = f"a whole number in [0, {allowed.num_rows - 1}], the rows of {allowed.table}"
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
         raise ValueError(

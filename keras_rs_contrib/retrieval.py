@@ -236,6 +236,13 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         return self._tied
 
     @property
+    def num_candidates(self) -> int | None:
+        """How many candidates there are, or `None` before the first refresh."""
+        if self._tied:
+            return int(self.candidate_tower.input_dim)
+        return None if self._refreshed_embeddings is None else int(self._refreshed_embeddings.shape[0])
+
+    @property
     def has_candidates(self) -> bool:
         """Whether the index over a feature tower has the tower's inputs, which are not saved with it."""
         return self._candidates is not None
@@ -480,7 +487,9 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
     def from_config(cls, config: dict[str, Any]) -> ShardedBruteForceRetrieval:
         """Returns the index that `get_config` describes; `build_from_config` makes its weights."""
         config = dict(config)
-        tower = keras.saving.deserialize_keras_object(config.pop("candidate_tower"))
+        tower = config.pop("candidate_tower")
+        if not isinstance(tower, keras.layers.Layer):
+            tower = keras.saving.deserialize_keras_object(tower)
         # Set apart: the ids of which they are come only with the weights.
         exclude_ids = config.pop("exclude_ids")
         index = cls(tower, **config)
@@ -489,9 +498,10 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
 
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns which weights the index has."""
-        if not self._tied and self._refreshed_embeddings is None:
+        if self.candidate_embeddings is None and self.candidate_ids is None:
             return None
         return {
+            "has_table": self.candidate_embeddings is not None,
             "table_shape": None if self._tied else list(self._refreshed_embeddings.shape),  # type: ignore[union-attr]
             "has_candidate_ids": self.candidate_ids is not None,
         }
@@ -507,7 +517,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
             num_candidates = self.candidate_tower.input_dim
         if config["has_candidate_ids"]:
             self._add_candidate_ids(num_candidates)
-        self.build((None, None))
+        if config["has_table"]:
+            self.build((None, None))
 
     def _keep(self, candidates: Any) -> None:
         # Past Keras's tracking of attributes, which would turn dicts into ones that a functional tower refuses.

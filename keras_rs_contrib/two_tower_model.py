@@ -16,7 +16,7 @@ from keras.src import backend
 from keras.src.trainers.data_adapters import array_slicing
 
 from keras_rs_contrib import batches, feature_checks, losses
-from keras_rs_contrib.candidate_ids import check_candidate_ids
+from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.checksum import checksum
 from keras_rs_contrib.guards import StopWhereNoNumber, WeightsKept, with_callbacks
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
@@ -54,7 +54,10 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
     features alone, give the top k of the index.
 
     An index over a feature tower is refreshed wherever it is needed and the tower has changed since: in `evaluate`,
-    `predict`, `recommend`, `evaluate_queries` and saving. A direct call takes the index as it is.
+    `predict`, `recommend`, `evaluate_queries` and saving. A direct call takes the index as it is, and checks nothing.
+
+    What mixes the rows of a batch in training, such as batch normalization or activity regularization, sees the rows
+    that fill a batch up, which repeat its last: with such towers choose batches that divide over the devices.
 
     Args:
         query_tower: any Keras layer or model that maps query features to `[batch, embedding_dim]`.
@@ -77,8 +80,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         corpus_metrics: metrics of ranks for `evaluate`, such as `RecallAtK(10)`. By default recall and NDCG at the
             index's `k`, and the mean reciprocal rank; none where the list is empty.
         check_inputs: whether to look at each batch on the host, before it is used, for ids that have no row in a table
-            and for numbers that are NaN, and at the loss of each epoch. Embeddings inside a tower's own `call` are not
-            seen.
+            and for numbers that are NaN or infinite, and at the loss of each epoch. Errors count rows within the batch
+            as it was drawn: `shuffle=False` keeps the order of the data. A feature that a tower changes before it looks
+            it up is not checked.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
@@ -154,13 +158,20 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         self.label = label
         self.sampling_probability = sampling_probability
         self.exclude_feature = exclude_feature
-        self._check_needs_of_ids()
+        self._check_needs()
+        if isinstance(corpus_metrics, RankMetric):
+            corpus_metrics = [corpus_metrics]
         if corpus_metrics is None:
             k = 10 if self.retrieval is None else self.retrieval.k
             corpus_metrics = [RecallAtK(k), NDCGAtK(k), MeanReciprocalRank()]
         self.corpus_metrics = list(corpus_metrics)
         for metric in self.corpus_metrics:
             _check_type("corpus_metrics", metric, RankMetric)
+        names = [metric.name for metric in self.corpus_metrics]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`corpus_metrics` must have names that differ. Received: {names}. Drop one, or give it a name."
+            )
         self.check_inputs = check_inputs
         # Past Keras's tracking of attributes.
         object.__setattr__(self, "_seen_features", {})
@@ -172,7 +183,21 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 shape=(2,), initializer="zeros", dtype="uint32", trainable=False, autocast=False, name="tower_checksum"
             )
 
-    def _check_needs_of_ids(self) -> None:
+    def _check_needs(self) -> None:
+        about_negatives = [
+            name
+            for name, given in (
+                ("sampling_probability", self.sampling_probability is not None),
+                ("remove_accidental_hits", self.task.remove_accidental_hits),
+                ("num_hard_negatives", self.task.num_hard_negatives is not None),
+            )
+            if given
+        ]
+        if self.label is not None and about_negatives:
+            raise ValueError(
+                "With `label` each query scores its own candidate only: there are no negatives. Received: `label` "
+                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+            )
         if self.candidate_id is not None:
             return
         if self.task.remove_accidental_hits:
@@ -258,7 +283,12 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             ValueError: if a batch is bad, or the loss of an epoch no number; the progress until then is in
                 `model.history`.
         """
-        x = self._without_strings(x, y)
+        x = self._to_arrays(x, y)
+        if class_weight is not None and isinstance(x, dict) and y is None:
+            raise ValueError(
+                "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
+                "Pass the labels as `y`, or the weights as `sample_weight`."
+            )
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = array_slicing.train_validation_split(
                 (x, y, sample_weight), validation_split=validation_split
@@ -274,6 +304,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             class_weight=class_weight,
         )
         if validation_data is not None:
+            self._check_can_refresh()
             validation_data = self._batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
                 batch_size=validation_batch_size or batch_size,
@@ -314,7 +345,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         Raises:
             ValueError: if a batch is bad, or the loss no number.
         """
-        self.refresh_index()
+        if self._ranks_in_evaluation:
+            self.refresh_index()
         within_fit = kwargs.get("_use_cached_eval_dataset", False)
         if not within_fit:
             x = self._batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
@@ -415,11 +447,10 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         if self.retrieval is not None and not self.retrieval.built:
             # Also where nothing below calls it: Keras wants all layers built by the first batch.
             self.retrieval.build(query_embeddings.shape)
-        if training or self.retrieval is None or self.candidate_id is None:
+        if training or self.retrieval is None or self.candidate_id is None or not self.corpus_metrics:
             return result
-        if self.corpus_metrics:
-            self._check_names(features, [self.candidate_id])
-            result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
+        self._check_names(features, [self.candidate_id])
+        result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
         return result
 
     def compute_loss(
@@ -562,13 +593,19 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             ValueError: if features are missing or bad, a positive is no candidate, or shapes do not fit.
         """
         index = self._index()
+        self._check_names(query_features, self.query_features)
         positive_ids = check_candidate_ids(positive_ids, "positive_ids")
-        if positive_ids.ndim != 2 or len(positive_ids) != batches.batch_length(query_features):
+        num_queries = len(np.atleast_1d(np.asarray(query_features[self.query_features[0]])))
+        if positive_ids.ndim != 2 or len(positive_ids) != num_queries:
             raise ValueError(
-                "`positive_ids` needs a row for each query. Received: shape "
-                f"{positive_ids.shape} for {batches.batch_length(query_features)} queries. "
-                "Make the rows with `group_candidate_ids`."
+                f"`positive_ids` needs a row for each query. Received: shape {positive_ids.shape} for {num_queries} "
+                "queries. Make the rows with `group_candidate_ids`."
             )
+        if not (positive_ids != NO_CANDIDATE).any():
+            raise ValueError(
+                "`positive_ids` needs at least one positive. Received: none. Check what is held out, and the queries."
+            )
+        positive_ids = _each_once(positive_ids)
 
         def ranks(queries: Any, exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
             return (index.ranks(queries, positive_ids, exclude_ids),)
@@ -605,6 +642,19 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 "Pass them: `model.retrieval.refresh(candidates)`."
             )
         self.tower_checksum.assign(now)
+
+    @property
+    def _ranks_in_evaluation(self) -> bool:
+        return self.retrieval is not None and self.candidate_id is not None and bool(self.corpus_metrics)
+
+    def _check_can_refresh(self) -> None:
+        index = self.retrieval
+        if self._ranks_in_evaluation and not index.is_tied and not index.has_candidates:  # type: ignore[union-attr]
+            raise ValueError(
+                "To validate while the candidate tower is trained, the index needs the tower's inputs for the whole "
+                "corpus. Received: a model whose index has none: they are not saved with it. "
+                "Pass them first: `model.retrieval.refresh(candidates)`."
+            )
 
     # Saving.
 
@@ -643,9 +693,15 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         """Returns the model that `get_config` describes."""
         config = dict(config)
         deserialize = keras.saving.deserialize_keras_object
+        index = config.get("retrieval")
         for name in ("query_tower", "candidate_tower", "task", "retrieval", "sampling_probability"):
             if isinstance(config.get(name), dict):
                 config[name] = deserialize(config[name])
+        if isinstance(index, dict) and config["retrieval"].candidate_tower is not config["candidate_tower"]:
+            # Outside of a file, each occurrence of a layer becomes a layer of its own.
+            layer = type(config["retrieval"])
+            config["retrieval"] = layer.from_config({**index["config"], "candidate_tower": config["candidate_tower"]})
+            config["retrieval"].build_from_config(index.get("build_config"))
         if config.get("corpus_metrics") is not None:
             config["corpus_metrics"] = [
                 deserialize(metric) if isinstance(metric, dict) else metric for metric in config["corpus_metrics"]
@@ -676,12 +732,17 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
     ) -> Any:
         """Returns batches that are checked, stripped of what JAX cannot hold, and filled up."""
         prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
-        x = self._without_strings(x, y, queries_only)
+        x = self._to_arrays(x, y, queries_only)
+        y, sample_weight = (np.asarray(each) if isinstance(each, list) else each for each in (y, sample_weight))
         return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
 
-    def _without_strings(self, x: Any, y: Any, queries_only: bool = False) -> Any:
-        # Keras stumbles over strings in arrays, before it makes batches of them.
-        return feature_checks.without_strings(x, self._needed(queries_only, y)) if isinstance(x, dict) else x
+    def _to_arrays(self, x: Any, y: Any, queries_only: bool = False) -> Any:
+        """Returns features in the form in which Keras makes batches of them."""
+        if not isinstance(x, dict):
+            return x
+        x = {name: np.asarray(values) if isinstance(values, list) else values for name, values in x.items()}
+        # Keras stumbles over strings in arrays.
+        return feature_checks.without_strings(x, self._needed(queries_only, y))
 
     def _batch(self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False) -> Any:
         """Returns one batch, likewise."""
@@ -705,9 +766,13 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         else:
             self._labels(x, y)
         x = feature_checks.without_strings(x, needed)
+        batches.batch_length((x, y, sample_weight))
         if self.check_inputs:
             features = {name: x[name] for name in needed}
-            feature_checks.check_numbers(number, features)
+            named = {f"The feature {name!r}": values for name, values in features.items()}
+            feature_checks.check_numbers(
+                number, {**named, **_named("`y`", y), **_named("`sample_weight`", sample_weight)}
+            )
             feature_checks.check_ids(number, features, corpus_ids)
             feature_checks.check_ids(number, features, self._lookups(features))
         return x, y, sample_weight
@@ -729,8 +794,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         if self.retrieval is not None and self.retrieval.candidate_ids is not None:
             ids = np.sort(ops.convert_to_numpy(self.retrieval.candidate_ids))
             allowed.append(feature_checks.AllowedIds(len(ids), "the index", ids))
-        elif self.retrieval is not None and self.retrieval.candidate_embeddings is not None:
-            allowed.append(feature_checks.AllowedIds(self.retrieval.candidate_embeddings.shape[0], "the index"))
+        elif self.retrieval is not None and self.retrieval.num_candidates is not None:
+            allowed.append(feature_checks.AllowedIds(self.retrieval.num_candidates, "the index"))
         # An index with ids of its own says the most, and otherwise the smaller table.
         return {self.candidate_id: min(allowed, key=lambda a: (a.ids is None, a.num_rows))} if allowed else {}
 
@@ -767,13 +832,13 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                     "Drop it, or pass `label=` with the name of the feature that holds the labels."
                 )
             return None
-        if y is None:
-            return x[self.label]
-        if self.label in x:
+        if y is not None and self.label in x:
             raise ValueError(
                 f"Labels come as a feature or as `y`. Received: the feature {self.label!r} and `y`. Drop one of them."
             )
-        return y
+        labels = x[self.label] if y is None else y
+        # Keras's own losses take both.
+        return labels[:, 0] if len(labels.shape) == 2 and labels.shape[1] == 1 else labels
 
     def _exclude_ids(self, features: dict[str, Any]) -> Any:
         return None if self.exclude_feature is None else features.get(self.exclude_feature)
@@ -791,6 +856,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
     ) -> list[np.ndarray[Any, Any]]:
         """Returns what `function` does for the embeddings of the queries, some of them at a time."""
         self.refresh_index()
+        self._check_names(features, self.query_features)
+        features = {name: np.asarray(values) for name, values in features.items()}
         features, _, _ = self._prepare({}, True, 0, features, None, None)
         num_queries = batches.batch_length(features)
         if exclude_ids is None:
@@ -834,6 +901,17 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             f"The loss must be a number. Received: {name}={value}{where}; {place}. Lower the learning rate, and look "
             "for NaN and infinity in the features, the labels and the sample weights, and for ids without a row."
         )
+
+
+def _each_once(ids: np.ndarray[Any, np.dtype[np.int32]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Returns `[num_rows, n]` ids with -1 in place of all but one of those that are equal within a row."""
+    ids = np.sort(ids, axis=1)
+    again = np.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
+    return np.where(again, np.int32(NO_CANDIDATE), ids)
+
+
+def _named(name: str, values: Any) -> dict[str, Any]:
+    return {} if values is None else {name: np.asarray(values)}
 
 
 def _check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:

@@ -196,7 +196,8 @@ def sampling_probability(batches, num_candidates, window, masks=None):
 
 
 def group_candidate_ids(query_ids, candidate_ids, queries):
-    """The candidates of each query, in the order of the pairs, in rows filled with -1."""
-    rows = [[c for q, c in zip(query_ids, candidate_ids, strict=True) if q == query] for query in queries]
+    """The candidates of each query, each once, in the order of the pairs, in rows filled with -1."""
+    pairs = list(zip(query_ids, candidate_ids, strict=True))
+    rows = [list(dict.fromkeys(c for q, c in pairs if q == query)) for query in queries]
     width = max([1, *map(len, rows)])
     return np.array([row + [-1] * (width - len(row)) for row in rows]).reshape(len(rows), width)

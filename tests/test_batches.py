@@ -334,6 +334,11 @@ def test_arrays_of_different_lengths_in_a_dict_are_refused():
         pad_batches({"a": np.zeros(3), "b": np.zeros(2)}, 4)
 
 
+def test_batch_sizes_are_positive():
+    with pytest.raises(ValueError, match="`batch_size` must be a positive int"):
+        pad_batches(np.zeros(3), batch_size=0)
+
+
 def test_no_data_are_refused():
     with pytest.raises(ValueError, match="None"):
         pad_batches(None, 4)

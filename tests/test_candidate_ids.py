@@ -91,7 +91,8 @@ def test_pairs_become_a_row_for_each_query(rng, num_queries):
     ("query_ids", "candidate_ids", "queries", "expected"),
     [
         ([7, 8, 7], [100, 200, 300], [8, 7], [[200, -1], [100, 300]]),
-        ([7, 7, 7], [3, 1, 3], [7], [[3, 1, 3]]),
+        # Twice the same pair.
+        ([7, 7, 7, 8], [3, 1, 3, 3], [8, 7], [[3, -1], [3, 1]]),
         # Larger and smaller than every query wanted, and between them.
         ([1, 9, 5, 4], [10, 90, 50, 40], [6, 4], [[-1], [40]]),
         ([7, 8], [1, 2], [5], [[-1]]),

@@ -528,12 +528,12 @@ def test_steps_losses_and_metrics_can_be_overridden():
 
 @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"steps_per_execution": 3}])
 def test_eager_and_grouped_steps_are_the_same(how):
-    data = {name: values[:100] for name, values in DATA.items()}
+    data = {name: values[:40] for name, values in DATA.items()}
     histories, tables = [], []
     for arguments in ({}, how):
         model = make_model(compiled=False)
         model.compile(keras.optimizers.SGD(0.1), **arguments)
-        histories.append(model.fit(data, batch_size=32, shuffle=False, validation_data=data, verbose=0).history)
+        histories.append(model.fit(data, batch_size=20, shuffle=False, validation_data=data, verbose=0).history)
         tables.append(model.candidate_tower.embeddings.numpy())
     assert_close(list(histories[1].values()), list(histories[0].values()))
     assert_close(tables[1], tables[0])
@@ -548,7 +548,7 @@ def test_a_part_of_the_data_can_validate():
 
 
 def broken(name, value, row):
-    values = DATA[name].astype("int64" if isinstance(value, int) else DATA[name].dtype)
+    values = DATA[name].astype("int64" if isinstance(value, int) else "float64")
     values[row] = value
     return {**DATA, name: values}
 
@@ -557,13 +557,19 @@ FAULTS = {
     "user out of range": (
         "user_id",
         NUM_USERS,
-        r"'user_id' must be in \[0, 39\], the rows of 'user_table'. Received: 40",
+        r"'user_id' must be a whole number in \[0, 39\], the rows of 'user_table'. Received: 40",
     ),
-    "negative user": ("user_id", -1, r"'user_id' must be in \[0, 39\].*Received: -1"),
-    "movie out of range": ("movie_id", NUM_MOVIES, r"'movie_id' must be in \[0, 29\].*Received: 30"),
-    "movie that wraps": ("movie_id", 2**32 + 1, r"'movie_id' must be in .*Received: 4294967297"),
-    "token out of range": ("tokens", NUM_TOKENS, r"'tokens' must be in \[0, 11\], the rows of 'words'. Received: 12"),
-    "NaN": ("age", np.nan, r"'age' must hold numbers. Received: NaN"),
+    "negative user": ("user_id", -1, r"'user_id' must be a whole number in \[0, 39\].*Received: -1"),
+    "movie out of range": ("movie_id", NUM_MOVIES, r"'movie_id' must be a whole number in \[0, 29\].*Received: 30"),
+    "movie that wraps": ("movie_id", 2**32 + 1, r"'movie_id' must be a whole number in .*Received: 4294967297"),
+    "token out of range": (
+        "tokens",
+        NUM_TOKENS,
+        r"'tokens' must be a whole number in \[0, 11\], the rows of 'words'. Received: 12",
+    ),
+    "fraction": ("movie_id", 2.5, r"'movie_id' must be a whole number in .*Received: 2.5"),
+    "infinity": ("age", np.inf, r"'age' must hold finite numbers. Received: inf"),
+    "NaN": ("age", np.nan, r"'age' must hold finite numbers. Received: nan"),
 }
 OTHER_FAULTS = {
     "no age": ({name: values for name, values in DATA.items() if name != "age"}, "without 'age'"),
@@ -610,7 +616,7 @@ def test_bad_data_before_the_first_step_changes_nothing():
     before = weights_of(model)
     fit = functools.partial(model.fit, shuffle=False)
     for call in (fit, model.evaluate, model.predict, model.recommend, model.train_on_batch):
-        with pytest.raises(ValueError, match="'user_id' must be in"):
+        with pytest.raises(ValueError, match="'user_id' must be a whole number in"):
             call(broken("user_id", 99, 0))
     assert_close(weights_of(model), before, 0.0)
 
@@ -634,6 +640,70 @@ def test_a_dataset_that_fails_costs_no_weight():
         model.fit(dataset, epochs=4, validation_data=DATA, verbose=0)
     assert all(np.isfinite(weight).all() for weight in weights_of(model))
     model.fit(DATA, verbose=0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_labels_and_weights_must_be_finite(value):
+    bad = np.ones(NUM_ROWS)
+    bad[5] = value
+    without = {name: values for name, values in DATA.items() if name != "rating"}
+    model = make_model("rating")
+    for name, arguments in (("y", (bad, None)), ("sample_weight", (np.ones(NUM_ROWS), bad))):
+        y, sample_weight = arguments
+        for call in (functools.partial(model.fit, shuffle=False), model.evaluate, model.train_on_batch):
+            with pytest.raises(
+                ValueError, match=f"`{name}` must hold finite numbers. Received: .* in row 5 of batch 0"
+            ):
+                call(without, y, sample_weight=sample_weight)
+    assert np.isfinite(model.fit(without, np.ones((NUM_ROWS, 1)), verbose=0).history["loss"][0])
+
+
+def test_classes_are_those_of_y():
+    labels = np.arange(NUM_ROWS) % 2
+    without = {name: values for name, values in DATA.items() if name != "rating"}
+    weights = {0: 1.0, 1: 3.0}
+    losses = [make_model("rating").fit(without, labels, class_weight=weights, shuffle=False, verbose=0).history["loss"]]
+    weighted = make_model("rating").fit(without, labels, sample_weight=1.0 + 2.0 * labels, shuffle=False, verbose=0)
+    assert losses[0] == pytest.approx(weighted.history["loss"])
+    with pytest.raises(ValueError, match="`class_weight` weighs the classes of `y`"):
+        make_model().fit(DATA, class_weight=weights)
+
+
+def test_a_dataset_that_is_not_batched_is_named():
+    with pytest.raises(ValueError, match="Make batches of the dataset first"):
+        make_model().fit(tf.data.Dataset.from_tensor_slices(DATA), verbose=0)
+
+
+def test_lists_are_arrays():
+    model = make_model()
+    np.testing.assert_array_equal(model.recommend({"user_id": [3, 4]}).ids, model.recommend(USERS).ids[3:5])
+    rows = {name: DATA[name][:50].tolist() for name in ("user_id", "movie_id")}
+    assert np.isfinite(model.fit(rows, sample_weight=[1.0] * 50, verbose=0).history["loss"][0])
+
+
+@pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built:UserWarning")
+def test_a_model_that_has_seen_no_data_can_be_saved(tmp_path):
+    make_model().save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.fit(DATA, verbose=0)
+    assert loaded.recommend(USERS).ids.shape == (NUM_USERS, 10)
+
+
+def test_a_clone_ties_its_own_index():
+    for model in (make_model(), make_deep_model()):
+        model.fit(DATA, batch_size=512, verbose=0)
+        clone = keras.models.clone_model(model)
+        assert clone.retrieval.candidate_tower is clone.candidate_tower
+        assert clone.candidate_tower is not model.candidate_tower
+
+
+def test_a_loaded_model_says_before_it_trains_that_it_cannot_validate(deep_model, tmp_path):
+    deep_model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="To validate while the candidate tower is trained"):
+        loaded.fit(DATA, validation_data=DATA, verbose=0)
+    loaded.retrieval.refresh(MOVIES)
+    loaded.fit(DATA, validation_data=DATA, batch_size=512, verbose=0)
 
 
 def test_labels_need_a_name():
@@ -666,6 +736,9 @@ def test_checks_can_be_switched_off():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"label": "rating", "sampling_probability": StreamingSamplingProbability(20)}, ValueError, "no negatives"),
+        ({"label": "rating", "task": DistributedTwoTowerTask(num_hard_negatives=3)}, ValueError, "no negatives"),
+        ({"corpus_metrics": [RecallAtK(3), RecallAtK(3)]}, ValueError, "must have names that differ"),
         ({"query_tower": "user"}, TypeError, "`query_tower` must be a `Layer`"),
         ({"query_features": []}, TypeError, "`query_features` must be the name of a feature"),
         ({"query_features": 3}, TypeError, "`query_features` must be"),
@@ -741,5 +814,9 @@ def test_positives_must_be_candidates_of_each_query():
     model = make_model()
     with pytest.raises(ValueError, match="needs a row for each query"):
         model.evaluate_queries(USERS, np.zeros((3, 1), int))
+    twice = np.tile([3, 5, 3], (NUM_USERS, 1))
+    assert model.evaluate_queries(USERS, twice) == model.evaluate_queries(USERS, twice[:, :2])
+    with pytest.raises(ValueError, match="at least one positive"):
+        model.evaluate_queries(USERS, np.full((NUM_USERS, 1), -1))
     with pytest.raises(ValueError, match="Received: 30 in row 4"):
         model.evaluate_queries(USERS, np.where(np.arange(NUM_USERS) == 4, 30, 0)[:, None])
