@@ -87,13 +87,19 @@ def padded_batches(
         class_weight: weight of each class.
     """
     if isinstance(x, PaddedBatches):
+        if y is not None or sample_weight is not None:
+            raise ValueError(
+                "Padded batches hold targets and weights. Received: `y` or `sample_weight` beside them. "
+                "Pass them to `pad_batches`, as `(x, y, sample_weight)`."
+            )
         return PaddedBatches(x.adapter, x.multiple, prepare, x.weighs_alone)
     arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
     if not arrays:
         raise ValueError("A dataset needs at least one batch. Received: None. Pass arrays or a dataset.")
-    if all(hasattr(array, "shape") for array in arrays):
+    are_arrays = all(hasattr(array, "shape") for array in arrays)
+    if are_arrays:
         batch_length((x, y, sample_weight))
-    weighs_alone = y is None and sample_weight is not None
+    weighs_alone = are_arrays and y is None and sample_weight is not None
     if weighs_alone:
         # Keras drops weights without targets, in silence.
         x, sample_weight = (x, sample_weight), None

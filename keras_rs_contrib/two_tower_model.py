@@ -45,8 +45,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
     """A two-tower retrieval model on dicts of features.
 
     Batches are dicts of `[batch, ...]` arrays, as arrays, `tf.data.Dataset` or `keras.utils.PyDataset`, of any size on
-    any number of devices: they are filled up with rows of weight 0, of which nothing is seen. A row whose
-    `sample_weight` is 0 is taken as absent: neither positive nor negative, in no loss and in no metric.
+    any number of devices: they are filled up with rows of weight 0, which have no part in losses, metrics and
+    predictions. A row whose `sample_weight` is 0 is taken as absent too: neither positive nor negative.
 
     Trained without `label`, each query's candidate is a positive and the other candidates of the batch, over all
     devices, are negatives. Trained with `label`, the score of each pair is compared with its label. `evaluate` gives

@@ -5,6 +5,7 @@ import tensorflow as tf
 from conftest import data_parallel, model_parallel
 
 from keras_rs_contrib import PaddedBatches, pad_batches
+from keras_rs_contrib.batches import padded_batches
 
 
 def sizes_of(batches):
@@ -332,6 +333,14 @@ def test_padded_batches_keep_their_multiple():
 def test_arrays_of_different_lengths_in_a_dict_are_refused():
     with pytest.raises(ValueError, match="2"):
         pad_batches({"a": np.zeros(3), "b": np.zeros(2)}, 4)
+
+
+def test_weights_beside_a_dataset_are_refused():
+    """What a dataset holds comes with it."""
+    dataset = tf.data.Dataset.from_tensor_slices(np.arange(8.0)).batch(4)
+    for data in (dataset, pad_batches(dataset)):
+        with pytest.raises(ValueError, match="sample_weight"):
+            padded_batches(data, sample_weight=np.ones(8))
 
 
 def test_batch_sizes_are_positive():
