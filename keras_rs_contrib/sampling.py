@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.candidate_ids import to_int32
+
+# The variables of an estimate.
+STATE = ("share", "share_error", "updated_at", "now", "total", "total_error")
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
@@ -119,43 +124,13 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
         if training:
             counted = known if candidate_mask is None else ops.logical_and(known, ops.cast(candidate_mask, "bool"))
             self._count(rows, ops.cast(counted, "float32"))
-        share = ops.multiply(ops.take(self.share, rows, axis=0), ops.exp(self._age(rows)))
-        return ops.where(known, ops.divide_no_nan(share, self.total), float("nan"))
-
-    def _age(self, rows: Any) -> Any:
-        """Returns how long ago the share of each row was updated, in windows, negative."""
-        elapsed = ops.cast(ops.subtract(self.now, ops.take(self.updated_at, rows, axis=0)), "uint32")
-        return ops.divide(ops.cast(elapsed, "float32"), -self.window)
+        state = {name: ops.convert_to_tensor(getattr(self, name)) for name in STATE}
+        return ops.where(known, _probability(state, rows, self.window), float("nan"))
 
     def _count(self, rows: Any, counted: Any) -> None:
-        """Adds a batch to the average, of which the rows weigh 1, or 0 where they are not counted."""
-        num_counted = ops.sum(counted)
-        batch_age = ops.divide(num_counted, -self.window)
-        # What the batch weighs in the average, 1 - exp(-n / window), and a single one of its examples.
-        gain = ops.negative(ops.expm1(batch_age))
-        gain_of_one = ops.divide_no_nan(gain, num_counted)
-        share, error = ops.take(self.share, rows, axis=0), ops.take(self.share_error, rows, axis=0)
-        gained = ops.multiply(_sum_of_equals(rows, counted), gain_of_one)
-        age = ops.add(self._age(rows), batch_age)
-        # Of a share that has faded to little, the difference would be less exact than the quotient.
-        is_old = ops.less(age, -0.5)
-        sum_if_old = ops.add(ops.multiply(share, ops.exp(age)), gained)
-        share, error = _add_compensated(share, error, ops.add(ops.multiply(share, ops.expm1(age)), gained))
-        share, error = ops.where(is_old, sum_if_old, share), ops.where(is_old, 0.0, error)
-        now = ops.add(self.now, ops.cast(num_counted, "int32"))
-        places = ops.expand_dims(rows, 1)
-        # Where a row comes twice, it gets the same twice.
-        self.share.assign(ops.scatter_update(self.share, places, share))
-        self.share_error.assign(ops.scatter_update(self.share_error, places, error))
-        self.updated_at.assign(ops.scatter_update(self.updated_at, places, ops.broadcast_to(now, ops.shape(rows))))
-        self.now.assign(now)
-        total, error = _add_compensated(
-            ops.convert_to_tensor(self.total),
-            ops.convert_to_tensor(self.total_error),
-            ops.multiply(gain, ops.subtract(1.0, self.total)),
-        )
-        self.total.assign(total)
-        self.total_error.assign(error)
+        state = {name: ops.convert_to_tensor(getattr(self, name)) for name in STATE}
+        for name, value in _with_batch(state, rows, counted, self.window).items():
+            getattr(self, name).assign(value)
 
     def compute_output_shape(self, candidate_ids_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns the shape of the ids."""
@@ -178,6 +153,61 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
         is_fixed = config.pop("is_fixed")
         # Weights replace these.
         return cls(**config, counts=np.ones(config["num_candidates"]) if is_fixed else None)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function compiled, on JAX: called eagerly, its many small steps would be sent off one by one."""
+    return jax.jit(function) if keras.backend.backend() == "jax" else function
+
+
+@_compiled
+def _probability(state: dict[str, Any], rows: Any, window: float) -> Any:
+    """Returns the probability of each row, `[batch]` float32."""
+    share = ops.multiply(ops.take(state["share"], rows, axis=0), ops.exp(_age(state, rows, window)))
+    return ops.divide_no_nan(share, state["total"])
+
+
+@_compiled
+def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -> dict[str, Any]:
+    """Returns the state with a batch in the average.
+
+    Args:
+        state: the values of `STATE`.
+        rows: `[batch]` int32, in range.
+        counted: `[batch]` float32, 1 for a row that counts and 0 for one that does not.
+        window: examples.
+    """
+    num_counted = ops.sum(counted)
+    batch_age = ops.divide(num_counted, -window)
+    # What the batch weighs in the average, 1 - exp(-n / window), and a single one of its examples.
+    gain = ops.negative(ops.expm1(batch_age))
+    gained = ops.multiply(_sum_of_equals(rows, counted), ops.divide_no_nan(gain, num_counted))
+    share, error = ops.take(state["share"], rows, axis=0), ops.take(state["share_error"], rows, axis=0)
+    age = ops.add(_age(state, rows, window), batch_age)
+    # Of a share that has faded to little, the difference would be less exact than the quotient.
+    is_old = ops.less(age, -0.5)
+    sum_if_old = ops.add(ops.multiply(share, ops.exp(age)), gained)
+    share, error = _add_compensated(share, error, ops.add(ops.multiply(share, ops.expm1(age)), gained))
+    share, error = ops.where(is_old, sum_if_old, share), ops.where(is_old, 0.0, error)
+    change = ops.multiply(gain, ops.subtract(1.0, state["total"]))
+    total, total_error = _add_compensated(state["total"], state["total_error"], change)
+    now = ops.add(state["now"], ops.cast(num_counted, "int32"))
+    places = ops.expand_dims(rows, 1)
+    # Where a row comes twice, it gets the same twice.
+    return {
+        "share": ops.scatter_update(state["share"], places, share),
+        "share_error": ops.scatter_update(state["share_error"], places, error),
+        "updated_at": ops.scatter_update(state["updated_at"], places, ops.broadcast_to(now, ops.shape(rows))),
+        "now": now,
+        "total": total,
+        "total_error": total_error,
+    }
+
+
+def _age(state: dict[str, Any], rows: Any, window: float) -> Any:
+    """Returns how long ago the share of each row was updated, in windows, negative."""
+    elapsed = ops.cast(ops.subtract(state["now"], ops.take(state["updated_at"], rows, axis=0)), "uint32")
+    return ops.divide(ops.cast(elapsed, "float32"), -window)
 
 
 def _sum_of_equals(rows: Any, values: Any) -> Any:

@@ -186,7 +186,7 @@ def check_against_the_reference(case, num_shards, over_batch_axis, block_size, e
 
 
 RANDOM = settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
