@@ -5,6 +5,8 @@ from keras_rs_contrib.callbacks import EvaluateQueries, RefreshCandidates
 from keras_rs_contrib.candidate_ids import group_candidate_ids
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, shard_candidates
+from keras_rs_contrib.row_optimizers import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad
+from keras_rs_contrib.row_sparse_embedding import RowSparseEmbedding, lookup_together
 from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
 from keras_rs_contrib.two_tower_model import Recommendations, TwoTowerModel
@@ -13,17 +15,23 @@ from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
 __all__ = [
     "DistributedTwoTowerTask",
     "EvaluateQueries",
+    "LazyAdam",
     "MeanReciprocalRank",
     "NDCGAtK",
     "PaddedBatches",
     "RecallAtK",
     "Recommendations",
     "RefreshCandidates",
+    "RowAdagrad",
+    "RowSGD",
+    "RowSparseEmbedding",
+    "RowWiseAdagrad",
     "ShardedBruteForceRetrieval",
     "ShardedEmbedding",
     "StreamingSamplingProbability",
     "TwoTowerModel",
     "group_candidate_ids",
+    "lookup_together",
     "pad_batches",
     "shard_candidates",
 ]
