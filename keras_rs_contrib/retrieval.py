@@ -12,10 +12,12 @@ import keras_rs
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import distribution, losses, sharded_embedding, top_k
+from keras_rs_contrib import distribution, losses, top_k
 from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_corpus_ids, check_exclude_ids, to_int32
 from keras_rs_contrib.padded_variable import add_table, replace_rows
+from keras_rs_contrib.row_sparse_embedding import RowSparseEmbedding
+from keras_rs_contrib.sharded_embedding import ShardedEmbedding, shard
 
 # Candidates that go through a feature tower at once: enough to keep it busy, little beside the tower's own memory.
 REFRESH_BLOCK_SIZE = 4096
@@ -627,6 +629,8 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         # With LoRA enabled, the table is a sum that the tower computes: there is no variable to lay out.
         if self.mesh_axis is not None and isinstance(table, keras.Variable):
             distribution.split_rows(table, self.mesh_axis)
+            if isinstance(self.candidate_tower, RowSparseEmbedding):
+                self.candidate_tower.split_slots(self.mesh_axis)
 
     def _search(self) -> top_k.Search:
         table = self.candidate_embeddings
@@ -745,18 +749,18 @@ def _num_rows(candidates: Any) -> int:
 
 def is_table(tower: keras.layers.Layer) -> bool:
     """Returns whether the tower's output is a row of its table and nothing more."""
-    calls = (keras.layers.Embedding.call, sharded_embedding.ShardedEmbedding.call)
+    calls = (keras.layers.Embedding.call, ShardedEmbedding.call, RowSparseEmbedding.call)
     return isinstance(tower, keras.layers.Embedding) and type(tower).call in calls
 
 
 def _prepare_rows(tower: keras.layers.Embedding, mesh_axis: str | None) -> None:
     """Lets the rows of an embedding be split, whatever their number, or raises where that is too late."""
-    if isinstance(tower, sharded_embedding.ShardedEmbedding):
+    if isinstance(tower, ShardedEmbedding):
         if mesh_axis is not None and not tower.built and tower.mesh_axis is None:
             tower.mesh_axis = mesh_axis
         return
     if type(tower) is keras.layers.Embedding and not tower.built:
         # On one device too: the class is in the names of a file, which is to load on any mesh.
-        sharded_embedding.shard(tower, mesh_axis)
+        shard(tower, mesh_axis)
     else:
         distribution.check_divides(tower.input_dim, mesh_axis, f"{tower.path or tower.name}/embeddings")

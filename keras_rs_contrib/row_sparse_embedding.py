@@ -7,10 +7,11 @@ import weakref
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
-from keras_rs_contrib.distribution import table_layout
+from keras_rs_contrib.distribution import split_rows, table_layout
 from keras_rs_contrib.padded_variable import add_table
 from keras_rs_contrib.row_optimizers import RowOptimizer
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
@@ -82,7 +83,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         )
         self.optimizer = row_optimizers.get(optimizer)
         # The tensor that was looked up last while JAX traced a training step, past Keras's tracking of attributes.
-        object.__setattr__(self, "_looked_up", lambda: None)
+        object.__setattr__(self, "_looked_up", None)
         if weights is not None:
             self.build()
             self._embeddings.assign(weights[0] if isinstance(weights, list) else weights)
@@ -169,7 +170,7 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     def _note_step(self, table: Any) -> None:
         """Counts the training step that looks the table up, or raises where it does so again."""
-        if self._looked_up() is table:
+        if self._looked_up is not None and self._looked_up() is table:
             raise ValueError(
                 "A `RowSparseEmbedding` can be looked up once in a training step, for its gradient is the table after "
                 f"the step, and two do not add up. Received: a second lookup of {self.name!r}. "
@@ -177,6 +178,11 @@ class RowSparseEmbedding(ShardedEmbedding):
             )
         object.__setattr__(self, "_looked_up", weakref.ref(table))
         self._iterations.assign_add(1)
+
+    def split_slots(self, mesh_axis: str) -> None:
+        """Splits what is kept for the rows as `distribution.split_rows` splits the table."""
+        for slot in self._slots.values():
+            split_rows(slot, mesh_axis)
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         """Raises `ValueError`, for LoRA adds a product as large as the table."""
@@ -254,28 +260,36 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     """Returns the embeddings of several sets of ids, looked up at once.
 
     Args:
-        tower: a layer that maps `[n]` ids to `[n, output_dim]`, such as a `RowSparseEmbedding`.
-        ids: a list, tuple or dict of `[...]` int tensors.
+        tower: a layer that adds a last dimension to ids of any shape, such as a `RowSparseEmbedding`.
+        ids: a list, tuple or dict of int tensors, symbolic ones too where all have the same first dimension.
 
     Returns:
         The same structure, of `[..., output_dim]` tensors.
 
+    Raises:
+        ValueError: if there are no ids.
+
     Example:
     ```python
     tower = RowSparseEmbedding(100, 8)
-    positives, negatives = lookup_together(tower, [np.array([3, 7]), np.array([[1, 2], [4, 5]])])
+    positives, negatives = lookup_together(tower, [np.array([3, 7]), np.array([[1, 2], [4, 5], [6, 9]])])
     ```
     """
     tensors = [ops.convert_to_tensor(each) for each in keras.tree.flatten(ids)]
     if not tensors:
         raise ValueError("`ids` must hold at least one tensor. Received: none. Pass the ids that are to be looked up.")
-    embeddings = tower(ops.concatenate([ops.reshape(each, (-1,)) for each in tensors], axis=0))
-    ends = [0]
-    for each in tensors:
-        ends.append(ends[-1] + math.prod(each.shape))
+    shapes = [tuple(each.shape) for each in tensors]
+    # By row where that can be: a batch stays split over the devices as it was.
+    by_row = all(shape and shape[0] == shapes[0][0] and 0 not in shape[1:] for shape in shapes)
+    axis = 1 if by_row else 0
+    widths = [math.prod(shape[axis:]) for shape in shapes]
+    rows = [(-1, width) if by_row else (width,) for width in widths]
+    together = [ops.reshape(each, row) for each, row in zip(tensors, rows, strict=True)]
+    embeddings = tower(ops.concatenate(together, axis=axis))
+    parts = ops.split(embeddings, np.cumsum(widths)[:-1].tolist(), axis=axis)
     parts = [
-        ops.reshape(embeddings[start:end], (*each.shape, embeddings.shape[-1]))
-        for each, start, end in zip(tensors, ends[:-1], ends[1:], strict=True)
+        ops.reshape(part, (*((-1,) if by_row else ()), *shape[axis:], embeddings.shape[-1]))
+        for part, shape in zip(parts, shapes, strict=True)
     ]
     return keras.tree.pack_sequence_as(ids, parts)
 

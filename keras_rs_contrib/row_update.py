@@ -184,8 +184,8 @@ def _with_rows_updated(
     sorted_ids = row_ids[order]
     is_first = jnp.concatenate([jnp.ones(min(num_ids, 1), "bool"), sorted_ids[1:] != sorted_ids[:-1]])
     place = jnp.cumsum(is_first) - 1
-    gradients = jnp.zeros(gradients.shape, "float32").at[place].add(
-        gradients[order].astype("float32"), indices_are_sorted=True
+    gradients = (
+        jnp.zeros(gradients.shape, "float32").at[place].add(gradients[order].astype("float32"), indices_are_sorted=True)
     )
     # Each row once and ascending, then places out of range that differ, so that JAX may rely on both.
     unique_ids = (num_rows + jnp.arange(num_ids, dtype="int32")).at[place].set(sorted_ids, indices_are_sorted=True)
