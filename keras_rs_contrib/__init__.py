@@ -3,7 +3,9 @@
 from keras_rs_contrib.batches import PaddedBatches, pad_batches
 from keras_rs_contrib.callbacks import EvaluateQueries, RefreshCandidates
 from keras_rs_contrib.candidate_ids import group_candidate_ids
+from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
+from keras_rs_contrib.mixed_negatives import MixedNegatives, mixed_sampling_probability
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, shard_candidates
 from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
@@ -11,9 +13,11 @@ from keras_rs_contrib.two_tower_model import Recommendations, TwoTowerModel
 from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
 
 __all__ = [
+    "CrossBatchMemory",
     "DistributedTwoTowerTask",
     "EvaluateQueries",
     "MeanReciprocalRank",
+    "MixedNegatives",
     "NDCGAtK",
     "PaddedBatches",
     "RecallAtK",
@@ -24,6 +28,7 @@ __all__ = [
     "StreamingSamplingProbability",
     "TwoTowerModel",
     "group_candidate_ids",
+    "mixed_sampling_probability",
     "pad_batches",
     "shard_candidates",
 ]
