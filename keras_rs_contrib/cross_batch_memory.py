@@ -204,10 +204,15 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
         training: bool | None = None,
     ) -> Candidates:
         """Returns shapes and dtypes. The number of candidates depends on whether it is training, and is open."""
+        if candidate_ids is None or candidate_sampling_probability is None:
+            raise ValueError(
+                "In a functional model all results must be tensors. Received: candidate_ids or "
+                "candidate_sampling_probability of None. Give both, or call the layer in a model's `compute_loss`."
+            )
         return Candidates(
             keras.KerasTensor((None, candidate_embeddings.shape[-1]), dtype=candidate_embeddings.dtype),
-            None if candidate_ids is None else keras.KerasTensor((None,), dtype="int32"),
-            None if candidate_sampling_probability is None else keras.KerasTensor((None,), dtype="float32"),
+            keras.KerasTensor((None,), dtype="int32"),
+            keras.KerasTensor((None,), dtype="float32"),
             keras.KerasTensor((None,), dtype="bool"),
         )
 
@@ -260,7 +265,7 @@ def _with_batch(memory: dict[str, Any], batch: Candidates) -> dict[str, Any]:
     """
     capacity = memory["ids"].shape[0]
     valid = ops.cast(batch.candidate_mask, "int32")
-    # Padding takes no place, for it would push real candidates out. Of a batch larger than the memory, the last rows do.
+    # Padding takes no place, for it would push real candidates out. Of a batch that is too large, the last rows stay.
     order = ops.subtract(ops.cumsum(valid), 1)
     num_valid = ops.sum(valid)
     is_kept = ops.logical_and(batch.candidate_mask, ops.greater_equal(order, ops.subtract(num_valid, capacity)))

@@ -62,8 +62,9 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
     """Adds candidates drawn uniformly from the corpus to those of the batch, as further negatives.
 
     A batch holds popular candidates and few others: the long tail is hardly ever a negative, and what a tower says of
-    it is left to chance. Uniform draws reach it, and the batch's own reach the head, so that a softmax over both comes
-    closer to that over the corpus than one over as many candidates of either kind.
+    it is left to chance. Uniform draws reach it, and the batch's own reach the head. Where a query favours popular
+    candidates, the batch alone comes closest to the softmax over the corpus, and where it does not, uniform draws
+    alone; half of each is never far from the better, and so the best where there are queries of both kinds.
 
     The layer returns ids. Look them all up at once, and give embeddings, ids and probabilities to a
     `DistributedTwoTowerTask` with `remove_accidental_hits=True`, for a query's positive may be drawn again.
@@ -72,23 +73,21 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
     and the loss of an evaluation does not depend on chance.
 
     Args:
-        num_candidates: positive int; candidate ids are rows, 0 to `num_candidates` - 1.
+        sampling_probability: a `StreamingSamplingProbability` of the corpus. It belongs to this layer, which shows it
+            each batch; call it nowhere else in training, or batches count twice.
         num_negatives: positive int, how many candidates are drawn for each batch, for all of its queries.
-        sampling_probability: a `StreamingSamplingProbability` of as many candidates, which then belongs to this layer
-            and counts its batches; or `[num_candidates]` non-negative numbers, such as how often each candidate occurs
-            in the training data. By default the former.
         seed: int, of the draws. They are the same on any number of devices.
         exclude_ids: ids that are never drawn, such as that of padding.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if ids or counts are no numbers.
-        ValueError: if an argument is out of range, or arguments do not fit one another.
+        TypeError: if `sampling_probability` is of another type, or ids are no integers.
+        ValueError: if an argument is out of range.
 
     Example:
     ```python
     candidate_tower = keras.layers.Embedding(100, 2)
-    mixed_negatives = MixedNegatives(num_candidates=100, num_negatives=8, exclude_ids=[0])
+    mixed_negatives = MixedNegatives(StreamingSamplingProbability(100), num_negatives=8, exclude_ids=[0])
     candidates = mixed_negatives(np.array([3, 7, 3, 1]), training=True)
     loss = DistributedTwoTowerTask(remove_accidental_hits=True)(
         keras.random.normal((4, 2)), candidate_tower(candidates.candidate_ids), **candidates._asdict()
@@ -101,30 +100,26 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
 
     def __init__(
         self,
-        num_candidates: int,
+        sampling_probability: StreamingSamplingProbability,
         num_negatives: int,
-        sampling_probability: Any = None,
         seed: int | None = None,
         exclude_ids: Any = (),
         **kwargs: Any,
     ) -> None:
-        num_candidates = positive_int(num_candidates, "num_candidates")
-        num_negatives = positive_int(num_negatives, "num_negatives")
-        excluded = _check_excluded(exclude_ids, num_candidates)
         if not isinstance(sampling_probability, StreamingSamplingProbability):
-            sampling_probability = StreamingSamplingProbability(num_candidates, counts=sampling_probability)
-        elif sampling_probability.num_candidates != num_candidates:
-            raise ValueError(
-                "`sampling_probability` must be of the same candidates. Received: "
-                f"one of {sampling_probability.num_candidates} for {num_candidates} candidates. "
-                f"Make it with num_candidates={num_candidates}."
+            raise TypeError(
+                "`sampling_probability` must be a `StreamingSamplingProbability`. Received: "
+                f"sampling_probability={sampling_probability!r} (of type {type(sampling_probability).__name__}). "
+                "Make one of the number of candidates, with `counts=` where they are known."
             )
+        num_negatives = positive_int(num_negatives, "num_negatives")
+        excluded = _check_excluded(exclude_ids, sampling_probability.num_candidates)
         # A mixed precision policy would round the probabilities to 8 bits.
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)
-        self.num_candidates = num_candidates
-        self.num_negatives = num_negatives
         self.sampling_probability = sampling_probability
+        self.num_negatives = num_negatives
+        self.num_drawn_from = sampling_probability.num_candidates - len(excluded)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.exclude_ids = excluded
@@ -139,7 +134,7 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         """Returns the candidates that the queries of a batch are scored with.
 
         Args:
-            candidate_ids: `[batch]` int32, each in [0, `num_candidates`).
+            candidate_ids: `[batch]` int32, each in [0, `num_candidates`) of `sampling_probability`.
             candidate_mask: `[batch]` bool; False marks padding, which is no draw. `None` for none.
             training: whether to draw negatives, and to count the batch for `sampling_probability`.
 
@@ -170,8 +165,9 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         return CandidateIds(ids, probability, mask)
 
     def _draw(self) -> Any:
-        num_drawn_from = self.num_candidates - len(self.exclude_ids)
-        places = keras.random.randint((self.num_negatives,), 0, num_drawn_from, dtype="int32", seed=self.seed_generator)
+        places = keras.random.randint(
+            (self.num_negatives,), 0, self.num_drawn_from, dtype="int32", seed=self.seed_generator
+        )
         if not self.exclude_ids:
             return places
         # How many candidates that can be drawn lie below each that cannot: beyond as many places, ids shift by one.
@@ -179,7 +175,7 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         return ops.add(places, ops.cast(ops.searchsorted(below, places, side="right"), "int32"))
 
     def _uniform_probability(self, ids: Any) -> Any:
-        probability = 1 / (self.num_candidates - len(self.exclude_ids))
+        probability = 1 / self.num_drawn_from
         if not self.exclude_ids:
             return ops.full(ops.shape(ids), probability, "float32")
         excluded = np.array(self.exclude_ids, "int32")
@@ -200,9 +196,8 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()
         config.update(
-            num_candidates=self.num_candidates,
-            num_negatives=self.num_negatives,
             sampling_probability=keras.saving.serialize_keras_object(self.sampling_probability),
+            num_negatives=self.num_negatives,
             seed=self.seed,
             exclude_ids=list(self.exclude_ids),
         )
