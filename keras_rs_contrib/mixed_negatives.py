@@ -192,6 +192,14 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         """Returns `None`: the mask is one of the results."""
         return
 
+    def save_own_variables(self, store: Any) -> None:
+        """Puts the state of the draws into `store`, which Keras leaves out."""
+        store["draws"] = ops.convert_to_numpy(self.seed_generator.state)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Takes the state of the draws from `store`."""
+        self.seed_generator.state.assign(np.asarray(store["draws"]))
+
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()

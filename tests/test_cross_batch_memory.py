@@ -164,7 +164,7 @@ def test_any_number_of_devices_trains_the_same():
     model, losses, evaluated = trained(None)
     expected = state_of(model.memory)
     assert expected["num_filled"] == 21
-    for num_devices in (1, 2, 8):
+    for num_devices in (2, 8):
         parallel, parallel_losses, parallel_evaluated = trained(data_parallel(num_devices))
         np.testing.assert_allclose([*parallel_losses, parallel_evaluated], [*losses, evaluated], rtol=1e-5)
         for variable in parallel.memory.non_trainable_variables:
