@@ -266,6 +266,7 @@ def _with_batch(memory: dict[str, Any], batch: Candidates) -> dict[str, Any]:
     capacity = memory["ids"].shape[0]
     valid = ops.cast(batch.candidate_mask, "int32")
     # Padding takes no place, for it would push real candidates out. Of a batch that is too large, the last rows stay.
+    # Two rows for one place would leave to the device which of them it takes.
     order = ops.subtract(ops.cumsum(valid), 1)
     num_valid = ops.sum(valid)
     is_kept = ops.logical_and(batch.candidate_mask, ops.greater_equal(order, ops.subtract(num_valid, capacity)))
