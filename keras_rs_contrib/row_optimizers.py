@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 from keras import ops
 
-LearningRate = float | keras.optimizers.schedules.LearningRateSchedule
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 
 class RowOptimizer:
@@ -219,7 +219,7 @@ class LazyAdam(RowOptimizer):
         return {**super().get_config(), "beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
 
 
-NAMES: dict[str, type[RowOptimizer]] = {
+NAMES: dict[str, type[RowSGD | RowAdagrad | LazyAdam]] = {
     "sgd": RowSGD,
     "adagrad": RowAdagrad,
     "rowwise_adagrad": RowWiseAdagrad,
@@ -273,8 +273,8 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
     if type(optimizer) in _FromKeras.COPIED:
         return _from_keras(optimizer)
     raise TypeError(
-        f"`optimizer` must be a name, a row optimizer, or a `keras.optimizers.SGD` or `Adagrad`. Received: {optimizer!r} "
-        f"(of type {type(optimizer).__name__}). Pass one of {sorted(NAMES)}, or "
+        f"`optimizer` must be a name, a row optimizer, or a `keras.optimizers.SGD` or `Adagrad`. Received: "
+        f"{optimizer!r} (of type {type(optimizer).__name__}). Pass one of {sorted(NAMES)}, or "
         f"{', '.join(f'`{kind.__name__}(...)`' for kind in NAMES.values())}."
     )
 

@@ -13,7 +13,6 @@ from keras import ops
 from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
 from keras_rs_contrib.distribution import split_rows, table_layout
 from keras_rs_contrib.padded_variable import add_table
-from keras_rs_contrib.row_optimizers import RowOptimizer
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
 
 
@@ -40,8 +39,8 @@ class RowSparseEmbedding(ShardedEmbedding):
         input_dim: as of `keras.layers.Embedding`, as the other arguments.
         output_dim: size of an embedding.
         optimizer: `"adagrad"`, `"sgd"`, `"rowwise_adagrad"`, `"lazy_adam"`; a `RowAdagrad`, `RowSGD`, `RowWiseAdagrad`
-            or `LazyAdam`; or a `keras.optimizers.Adagrad` or `SGD`, whose settings are taken over. The first two compute
-            what Keras's dense optimizers of that name do.
+            or `LazyAdam`; or a `keras.optimizers.Adagrad` or `SGD`, whose settings are taken over. The first two
+            compute what Keras's dense optimizers of that name do.
         embeddings_initializer: initial values of the table.
         mesh_axis: the axis of the mesh in force over which the rows, and all that is kept for them, are split: see
             `ShardedEmbedding`. Each device then changes the rows that it holds.

@@ -99,9 +99,9 @@ def _check(optimizer: keras.optimizers.Optimizer, table: str) -> None:
             )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
-            "The optimizer of a model with a `RowSparseEmbedding` must not scale the loss: the rows would be trained on "
-            f'scaled gradients. Received: a `LossScaleOptimizer` for {table!r}, as Keras makes it under "mixed_float16". '
-            'Use the dtype policy "mixed_bfloat16", or `compile(auto_scale_loss=False)`.'
+            "The optimizer of a model with a `RowSparseEmbedding` must not scale the loss: the rows would be trained "
+            f"on scaled gradients. Received: a `LossScaleOptimizer` for {table!r}, as Keras makes it under "
+            '"mixed_float16". Use the dtype policy "mixed_bfloat16", or `compile(auto_scale_loss=False)`.'
         )
 
 

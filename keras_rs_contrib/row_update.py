@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from keras_rs_contrib.distribution import TableLayout
@@ -55,7 +56,7 @@ def look_up(
     row_ids = jnp.ravel(ids)
     if jnp.issubdtype(row_ids.dtype, jnp.unsignedinteger):
         # What is beyond int32 must not wrap around into the table.
-        row_ids = jnp.minimum(row_ids, jnp.iinfo("int32").max)
+        row_ids = jnp.minimum(row_ids, np.iinfo("int32").max)
     row_ids = row_ids.astype("int32")
     row_ids = jnp.where(row_ids < 0, row_ids + num_rows, row_ids)
     has_row = (row_ids >= 0) & (row_ids < num_rows)

@@ -62,3 +62,46 @@ class RetrievalModel(keras.Model):
 def predictions(model):
     num_users = model.arguments["num_users"]
     return model.predict(np.arange(num_users, dtype="int32"), batch_size=num_users, verbose=0)["predictions"]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NegativesModel(keras.Model):
+    """In-batch softmax with further negatives. Row 0 of the movies is padding."""
+
+    def __init__(self, num_users, num_movies, mixed_negatives=None, memory=None, **kwargs):
+        super().__init__(**kwargs)
+        self.num_users, self.num_movies = num_users, num_movies
+        self.user_embedding = keras.layers.Embedding(num_users, DIMENSION, name="user")
+        self.movie_embedding = keras.layers.Embedding(num_movies, DIMENSION, name="movie")
+        self.mixed_negatives, self.memory = mixed_negatives, memory
+        self.task = DistributedTwoTowerTask(remove_accidental_hits=True)
+
+    def build(self, input_shape):
+        self.user_embedding.build(input_shape)
+        self.movie_embedding.build(input_shape)
+        if self.memory is not None and not self.memory.built:
+            self.memory.build((None, DIMENSION))
+
+    def call(self, user_ids):
+        return self.user_embedding(user_ids)
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        candidates = {"candidate_ids": y, "candidate_mask": y != 0}
+        if self.mixed_negatives is not None:
+            candidates = self.mixed_negatives(y, candidate_mask=y != 0, training=training)._asdict()
+        candidates["candidate_embeddings"] = self.movie_embedding(candidates["candidate_ids"])
+        if self.memory is not None:
+            candidates = self.memory(**candidates, training=training)._asdict()
+        return self.task(y_pred, **candidates)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        layers = {"mixed_negatives": serialize(self.mixed_negatives), "memory": serialize(self.memory)}
+        return {**super().get_config(), "num_users": self.num_users, "num_movies": self.num_movies, **layers}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in ("mixed_negatives", "memory"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)

@@ -201,3 +201,30 @@ def group_candidate_ids(query_ids, candidate_ids, queries):
     rows = [list(dict.fromkeys(c for q, c in pairs if q == query)) for query in queries]
     width = max([1, *map(len, rows)])
     return np.array([row + [-1] * (width - len(row)) for row in rows]).reshape(len(rows), width)
+
+
+def cross_batch_memory(batches, capacity, masks=None):
+    """What the memory holds before each batch and after the last: rows, by place, `None` where it is still empty.
+
+    A batch is a list of rows of any kind.
+    """
+    held, place, results = [None] * capacity, 0, []
+    for number, batch in enumerate(batches):
+        results.append(list(held))
+        for row_number, row in enumerate(batch):
+            if masks is None or masks[number][row_number]:
+                held[place % capacity] = row
+                place += 1
+    return [*results, held]
+
+
+def mixed_sampling_probability(ids, in_batch_probability, num_candidates, num_in_batch, num_negatives, exclude_ids=()):
+    """How often each id is expected among all draws, over their number."""
+    num_drawn_from = len(set(range(num_candidates)) - set(exclude_ids))
+    results = []
+    for candidate in ids:
+        expected = num_in_batch * float(in_batch_probability[candidate])
+        if candidate not in exclude_ids:
+            expected += num_negatives / num_drawn_from
+        results.append(expected / (num_in_batch + num_negatives))
+    return np.array(results)

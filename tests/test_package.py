@@ -32,9 +32,11 @@ def test_the_quick_start_runs_as_printed(tmp_path):
 
 
 PUBLIC = [
+    "CrossBatchMemory",
     "DistributedTwoTowerTask",
     "EvaluateQueries",
     "MeanReciprocalRank",
+    "MixedNegatives",
     "NDCGAtK",
     "RecallAtK",
     "RefreshCandidates",
