@@ -2,11 +2,13 @@
 
     pip install tensorflow-recommenders tf_keras
 
-Reads one JSON request a line, `{"task", "num_candidates", "num_queries", "dimension", "k"}`, and answers with seconds.
-The first line that it prints says which versions it runs.
+Reads one JSON request a line and answers with seconds: `{"task", "num_candidates", "num_queries", "dimension", "k"}` for
+retrieval; `{"task", "num_rows", "batch_size", "dimension", "steps"}` for a step of training, of task "pointwise" or
+"softmax". The first line that it prints says which versions it runs.
 """
 
 import functools
+import gc
 import json
 import sys
 import time
@@ -50,10 +52,60 @@ def prepared(task, num_candidates, num_queries, dimension, k):
     return function
 
 
-print(json.dumps(f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}"), flush=True)
-for line in sys.stdin:
-    function = prepared(**json.loads(line))
+class TwoTowers(tfrs.Model):
+    """Two embeddings and a task."""
+
+    def __init__(self, num_rows, dimension, objective):
+        super().__init__()
+        self.users = tf.keras.layers.Embedding(num_rows, dimension)
+        self.movies = tf.keras.layers.Embedding(num_rows, dimension)
+        self.is_pointwise = objective == "pointwise"
+        if self.is_pointwise:
+            self.task = tfrs.tasks.Ranking(loss=tf.keras.losses.MeanSquaredError())
+        else:
+            self.task = tfrs.tasks.Retrieval()
+
+    def compute_loss(self, inputs, training=False):
+        """Returns the loss of a batch."""
+        users, movies = self.users(inputs["user"]), self.movies(inputs["movie"])
+        if self.is_pointwise:
+            scores = tf.reduce_sum(users * movies, axis=1, keepdims=True)
+            return self.task(labels=inputs["rating"][:, None], predictions=scores)
+        return self.task(users, movies, compute_metrics=False)
+
+
+# One at a time: tables are large.
+@functools.lru_cache(maxsize=1)
+def training(task, num_rows, batch_size, dimension, steps):
+    """Returns a function that trains for some steps, what is slow at first behind it."""
+    rng = np.random.default_rng(0)
+    users, movies = (
+        np.concatenate([rng.choice(num_rows, batch_size, replace=False) for _ in range(steps)]) for _ in range(2)
+    )
+    data = {"user": users, "movie": movies, "rating": rng.random(batch_size * steps).astype("float32")}
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(batch_size).cache()
+    model = TwoTowers(num_rows, dimension, task)
+    model.compile(optimizer=tf.keras.optimizers.Adagrad(0.1))
+    model.fit(dataset, verbose=0)
+    return lambda: model.fit(dataset, verbose=0) and None
+
+
+def answer(request):
+    """Returns how long what is asked for took, in seconds."""
+    is_training = request["task"] in ("pointwise", "softmax")
+    if is_training and training.cache_info().currsize and request != answer.last:
+        # Before the next tables are made.
+        training.cache_clear()
+        gc.collect()
+    answer.last = request
+    function = (training if is_training else prepared)(**request)
     start = time.perf_counter()
     result = function()
     tf.nest.map_structure(lambda tensor: tensor.numpy() if hasattr(tensor, "numpy") else None, result)
-    print(json.dumps(time.perf_counter() - start), flush=True)
+    return (time.perf_counter() - start) / request.get("steps", 1)
+
+
+answer.last = None
+print(json.dumps(f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}"), flush=True)
+for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)

@@ -1,0 +1,271 @@
+r"""Times training steps over growing tables and growing batches: this package, dense Keras, and TFRS.
+
+    python examples/benchmarks/train_step.py --quick
+    python examples/benchmarks/train_step.py --tfrs_python=/path/to/another/venv/bin/python --plot=train_step.png
+
+Two towers of one embedding each, Adagrad, in the ordinary `fit` of each library: the time of a step is that of a call
+of `fit` over its number of steps. Batches hold no row twice, so that a step touches as many rows however large the
+table. Growth is the time over that at the fewest rows. TFRS needs another Keras, and so an environment of its own
+(`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns; ratios
+are those of single turns: their median, and in parentheses their quartiles.
+
+Ten million rows, twice and with a slot each, take 10 GB here and as much again in TFRS; `--rows` asks for fewer.
+"""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import functools
+import gc
+import pathlib
+import statistics
+import time
+
+import jax
+import keras
+import numpy as np
+from absl import app, flags, logging
+from timing import Memory, Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
+
+from keras_rs_contrib import DistributedTwoTowerTask, RowSparseEmbedding, TwoTowerModel
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("quick", False, "A look at small sizes.")
+flags.DEFINE_list("rows", ["1000", "10000", "100000", "1000000", "10000000"], "Rows of each of the two tables.")
+flags.DEFINE_list("batch_sizes", ["1000", "4096", "16384", "65536"], "Sizes of the batches of the second table.")
+flags.DEFINE_integer("batch_size", 1000, "Size of the batches while tables grow.", lower_bound=1)
+flags.DEFINE_integer("dimension", 64, "Size of an embedding.", lower_bound=1)
+flags.DEFINE_integer("dense_rows", 1_000_000, "Rows up to which dense Keras is timed.")
+flags.DEFINE_integer("materialised", 16384, "Size of a batch up to which all its logits are made at once.")
+flags.DEFINE_integer("turns", 9, "How often each is timed, at most.", lower_bound=3)
+flags.DEFINE_float("seconds", 20.0, "Seconds for each size, after three turns.")
+flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
+flags.DEFINE_string("plot", None, "Where to write a picture of both tables; needs matplotlib.")
+
+OBJECTIVES = ("pointwise", "softmax")
+LEARNING_RATE = 0.1
+# Steps in a timed call of `fit`: enough that what a call costs apart from them does not count.
+STEPS = 100
+DENSE_STEPS = 5
+# Rows of the tables while batches grow: as many as the largest batch, so that it can hold none twice.
+ROWS_OF_BATCHES = 100_000
+
+
+def batches(num_rows, batch_size, steps):
+    """Returns the features and labels of some batches, none of which holds a row twice."""
+    rng = np.random.default_rng(0)
+    columns = [
+        np.concatenate([rng.choice(num_rows, batch_size, replace=False) for _ in range(steps)]).astype("int32")
+        for _ in range(2)
+    ]
+    return {"user": columns[0], "movie": columns[1], "rating": rng.random(batch_size * steps).astype("float32")}
+
+
+def model(embedding, num_rows, objective):
+    """Returns a compiled model of two towers."""
+    label = "rating" if objective == "pointwise" else None
+    towers = [embedding(num_rows, FLAGS.dimension) for _ in range(2)]
+    result = TwoTowerModel(*towers, "user", "movie", label=label, corpus_metrics=[])
+    result.compile(keras.optimizers.Adagrad(LEARNING_RATE))
+    return result
+
+
+def row_sparse(num_rows, dimension):
+    """Returns a row-sparse embedding with the optimizer of the others."""
+    return RowSparseEmbedding(num_rows, dimension, optimizer=keras.optimizers.Adagrad(LEARNING_RATE))
+
+
+class Training:
+    """Training steps of a model, for `in_turns`.
+
+    Args:
+        embedding: `row_sparse` or `keras.layers.Embedding`.
+        num_rows: rows of each table.
+        batch_size: size of a batch.
+        steps: steps in a call of `fit`.
+        objective: one of `OBJECTIVES`.
+    """
+
+    def __init__(self, embedding, num_rows, batch_size, steps, objective):
+        self.model = model(embedding, num_rows, objective)
+        self.batch_size, self.steps = batch_size, steps
+        x = batches(num_rows, batch_size, steps)
+        if objective == "softmax":
+            del x["rating"]
+        self.x = x
+
+    def __call__(self):
+        start = time.perf_counter()
+        self.model.fit(self.x, batch_size=self.batch_size, shuffle=False, verbose=0)
+        return (time.perf_counter() - start) / self.steps
+
+    def memory(self):
+        """Returns by how many MiB the process grows while it trains, beyond its tables."""
+        self()
+        gc.collect()
+        with Memory() as memory:
+            self()
+        return memory.grown / 2**20
+
+
+def over_rows(peer, objective, sizes):
+    """Prints how long a step takes as tables grow, and returns the medians in milliseconds, by name and size."""
+    table, medians = Table(), {}
+    base = Training(row_sparse, sizes[0], FLAGS.batch_size, STEPS, objective)
+    for num_rows in sizes:
+        functions = {
+            "base": base,
+            "ours": Training(row_sparse, num_rows, FLAGS.batch_size, STEPS, objective),
+        }
+        if num_rows <= FLAGS.dense_rows:
+            steps = STEPS if num_rows < 100_000 else DENSE_STEPS
+            functions["dense"] = Training(keras.layers.Embedding, num_rows, FLAGS.batch_size, steps, objective)
+        if peer is not None:
+            functions["TFRS"] = functools.partial(
+                peer.time,
+                task=objective,
+                num_rows=num_rows,
+                batch_size=FLAGS.batch_size,
+                dimension=FLAGS.dimension,
+                steps=STEPS,
+            )
+        times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
+        row = {
+            "objective": objective,
+            "rows": f"{num_rows:,}",
+            "ours, ms": milliseconds(times["ours"]),
+            "growth": ratio(times["ours"], times["base"]),
+            "ours, MiB beside the tables": f"{functions['ours'].memory():.0f}",
+        }
+        row["dense, ms"] = milliseconds(times["dense"]) if "dense" in times else "-"
+        row["dense / ours"] = ratio(times["dense"], times["ours"]) if "dense" in times else "-"
+        row["dense, MiB"] = f"{functions['dense'].memory():.0f}" if "dense" in times else "-"
+        if peer is not None:
+            row["TFRS, ms"] = milliseconds(times["TFRS"])
+            row["TFRS / ours"] = ratio(times["TFRS"], times["ours"])
+        table.print(row)
+        for name, values in times.items():
+            medians.setdefault(name, {})[num_rows] = statistics.median(values) * 1e3
+        # Before the next tables are made.
+        del functions
+        gc.collect()
+    return medians
+
+
+def loss_and_gradients(task, batch_size):
+    """Returns a call of the compiled loss and its gradients, and how many bytes it needs beside its arguments."""
+    rng = np.random.default_rng(0)
+    embeddings = [jax.device_put(rng.normal(size=(batch_size, FLAGS.dimension)).astype("float32")) for _ in range(2)]
+    compiled = jax.jit(jax.value_and_grad(task, argnums=(0, 1))).lower(*embeddings).compile()
+    return lambda: compiled(*embeddings), compiled.memory_analysis().temp_size_in_bytes
+
+
+def over_batches(peer, sizes):
+    """Prints how long a step of softmax takes as batches grow, and returns the medians in milliseconds, as above."""
+    table, medians = Table(), {}
+    num_rows = max(ROWS_OF_BATCHES, *sizes)
+    # A loss of one's own gets all logits. This one is the default.
+    own_loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    for batch_size in sizes:
+        ours, ours_bytes = loss_and_gradients(DistributedTwoTowerTask(temperature=10.0), batch_size)
+        steps = max(1, 20_000 // batch_size)
+        functions = {"ours": timed(ours), "step": Training(row_sparse, num_rows, batch_size, steps, "softmax")}
+        if batch_size <= FLAGS.materialised:
+            all_logits, all_bytes = loss_and_gradients(DistributedTwoTowerTask(own_loss, temperature=10.0), batch_size)
+            functions["all logits"] = timed(all_logits)
+            if peer is not None:
+                functions["TFRS"] = functools.partial(
+                    peer.time,
+                    task="softmax",
+                    num_rows=num_rows,
+                    batch_size=batch_size,
+                    dimension=FLAGS.dimension,
+                    steps=steps,
+                )
+        times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
+        has_all = "all logits" in times
+        row = {
+            "batch": f"{batch_size:,}",
+            "loss, ms": milliseconds(times["ours"]),
+            "MiB": f"{ours_bytes / 2**20:.1f}",
+            "all logits, ms": milliseconds(times["all logits"]) if has_all else "-",
+            "all logits, MiB": f"{all_bytes / 2**20:.1f}" if has_all else "-",
+            "loss / all logits": ratio(times["ours"], times["all logits"]) if has_all else "-",
+            "memory / all logits": f"{ours_bytes / all_bytes:.2f}" if has_all else "-",
+            "step, ms": milliseconds(times["step"]),
+        }
+        if peer is not None:
+            row["TFRS step, ms"] = milliseconds(times["TFRS"]) if "TFRS" in times else "-"
+            row["TFRS / ours"] = ratio(times["TFRS"], times["step"]) if "TFRS" in times else "-"
+        table.print(row)
+        for name, values in times.items():
+            medians.setdefault(name, {})[batch_size] = statistics.median(values) * 1e3
+    return medians
+
+
+def plot(path, rows, batch_medians):
+    """Draws how the time of a step grows with the table, and with the batch."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    styles = {
+        "ours": ("RowSparseEmbedding", "C0", "o"),
+        "dense": ("keras.layers.Embedding", "C1", "s"),
+        "TFRS": ("TFRS", "C2", "^"),
+    }
+    for axis, (objective, medians) in zip(axes[:2], rows.items(), strict=True):
+        for name, (label, color, marker) in styles.items():
+            if name in medians:
+                axis.plot(*zip(*medians[name].items(), strict=True), label=label, color=color, marker=marker)
+        axis.set(title=f"{objective}, batches of {FLAGS.batch_size:,}", xlabel="rows of each table")
+    labels = {
+        "ours": ("loss and gradients, streamed where it pays", "C0", "o"),
+        "all logits": ("loss and gradients, all logits at once", "C1", "s"),
+        "step": ("step of training", "C3", "D"),
+        "TFRS": ("TFRS, step of training", "C2", "^"),
+    }
+    for name, (label, color, marker) in labels.items():
+        if name in batch_medians:
+            axes[2].plot(*zip(*batch_medians[name].items(), strict=True), label=label, color=color, marker=marker)
+    axes[2].set(title="softmax over the batch", xlabel="batch size")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", ylabel="milliseconds a step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    print(f"Picture: {path}")
+
+
+def main(_):
+    """Times each size, prints the tables, and draws them."""
+    logging.set_verbosity(logging.WARNING)
+    row_sizes = [1000, 100_000] if FLAGS.quick else sorted(int(n) for n in FLAGS.rows)
+    batch_sizes = [1000, 4096] if FLAGS.quick else sorted(int(n) for n in FLAGS.batch_sizes)
+    if row_sizes[0] < FLAGS.batch_size:
+        raise app.UsageError(
+            f"Batches hold no row twice. Received: --batch_size={FLAGS.batch_size} for {row_sizes[0]} rows. "
+            "Ask for smaller batches, or more rows."
+        )
+    print_setting()
+    peer = None
+    if FLAGS.tfrs_python is None:
+        print("No --tfrs_python: TFRS is left out.")
+    else:
+        peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
+        print(f"In a process of its own: {peer.versions}")
+    rows = {}
+    for objective in OBJECTIVES:
+        print(f"\nTables that grow, batches of {FLAGS.batch_size:,}, {FLAGS.dimension} dimensions:\n")
+        rows[objective] = over_rows(peer, objective, row_sizes)
+    print(f"\nBatches that grow, softmax over the batch, {FLAGS.dimension} dimensions:\n")
+    batch_medians = over_batches(peer, batch_sizes)
+    if peer is not None:
+        peer.close()
+    if FLAGS.plot is not None:
+        plot(FLAGS.plot, rows, batch_medians)
+
+
+if __name__ == "__main__":
+    app.run(main)
