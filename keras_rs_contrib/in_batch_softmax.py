@@ -85,14 +85,17 @@ class InBatchSoftmax:
     is_local: bool = False
     block_logits: int = dataclasses.field(default_factory=lambda: BLOCK_LOGITS)
 
-    def streams(self, num_queries: int | None, num_candidates: int | None) -> bool:
-        """Returns whether the loss of so many queries and candidates is faster without holding all the logits."""
-        if keras.backend.backend() != "jax" or num_queries is None or num_candidates is None:
+    def streams(self, num_queries: Any, num_candidates: Any) -> bool:
+        """Returns whether the loss of so many queries and candidates is faster without holding all the logits.
+
+        Sizes that are no numbers, as where Keras traces a model, are taken for small ones.
+        """
+        if keras.backend.backend() != "jax" or not isinstance(num_queries, int) or not isinstance(num_candidates, int):
             return False
         num_parts = 1 if self.split is None else self.split.num_replicas
         if self.split is not None and self.is_local:
             num_candidates -= num_queries - num_queries // num_parts
-        return num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS
+        return bool(num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS)
 
     def logits(self, queries: Queries, candidates: Candidates) -> tuple[Any, Any]:
         """Returns the logits of a batch and the one-hot labels, all in memory.

@@ -50,9 +50,10 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             `candidate_ids`.
         negatives: `"global"`, or `"local"` to have as negatives only the candidates of the query's own part of the
             batch, and the extra ones. There is a part for each replica of the distribution in force, which then keeps
-            its candidates to itself: nothing but the extra ones and the loss travels between devices. The batch must
-            divide over the replicas. A loss of the caller's own gets labels and logits `[batch, batch / replicas +
-            extra negatives]`. On one device both are the same.
+            its candidates to itself: without extra ones nothing but the loss travels between devices, and with them
+            no more than a device's rows to their place. The batch must divide over the replicas. A loss of the
+            caller's own gets labels and logits `[batch, batch / replicas + extra negatives]`. On one device both are
+            the same.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
@@ -196,7 +197,8 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
 
     def _in_batch_loss(self, queries: Queries, candidates: Candidates) -> Any:
         num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
-        split = None if num_queries is None else batch_split(num_queries)
+        # Keras traces models with sizes that are no numbers, to learn shapes and dtypes alone.
+        split = batch_split(num_queries) if isinstance(num_queries, int) else None
         softmax = InBatchSoftmax(
             temperature=self.temperature,
             remove_accidental_hits=self.remove_accidental_hits,
@@ -223,8 +225,8 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
 
     def _check_divides(self, num_queries: int | None) -> None:
         replicas = num_replicas()
-        # Keras traces models with made-up sizes.
-        if self.negatives == "global" or num_queries is None or num_queries % replicas == 0 or in_symbolic_scope():
+        # Keras traces models with sizes that are made up, or no numbers.
+        if self.negatives == "global" or in_symbolic_scope() or num_queries is None or num_queries % replicas == 0:
             return
         raise ValueError(
             'With `negatives="local"` the batch must divide over the replicas, each of which has a part of its own. '
