@@ -33,6 +33,36 @@ class TableLayout:
         return int(self.mesh.shape[self.batch_axis])
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchSplit:
+    """The mesh that splits a batch into contiguous parts.
+
+    Attributes:
+        mesh: the devices.
+        axis: the mesh axis over which batches are split.
+    """
+
+    mesh: Mesh
+    axis: str
+
+    @property
+    def num_replicas(self) -> int:
+        """Into how many parts."""
+        return int(self.mesh.shape[self.axis])
+
+
+def batch_split(num_rows: int) -> BatchSplit | None:
+    """Returns how the distribution in force splits a batch of `num_rows`, or `None` where it stays whole.
+
+    It stays whole without a distribution, on one replica, and where its rows do not divide over the replicas.
+    """
+    replicas = num_replicas()
+    if replicas == 1 or num_rows == 0 or num_rows % replicas:
+        return None
+    distribution = keras.distribution.distribution()
+    return BatchSplit(distribution.device_mesh.backend_mesh, str(distribution.batch_dim_name))
+
+
 def num_replicas() -> int:
     """Returns over how many devices the distribution in force splits a batch, 1 without one."""
     distribution = keras.distribution.distribution()

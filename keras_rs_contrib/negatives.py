@@ -16,17 +16,18 @@ MASKED = float(np.finfo(np.float32).min) / 100.0
 MIN_SAMPLING_PROBABILITY = 1e-6
 
 
-def positive_labels(logits: Any) -> Any:
+def positive_labels(logits: Any, first_query: Any = 0) -> Any:
     """Returns the one-hot labels of in-batch softmax: candidate i is the positive of query i.
 
     Args:
-        logits: `[num_queries, num_candidates]` float scores, `num_candidates >= num_queries`.
+        logits: `[num_queries, num_candidates]` float scores of consecutive queries of a batch.
+        first_query: int, the first one's place in the batch.
 
     Returns:
-        `[num_queries, num_candidates]` float32, 1 on the diagonal and 0 elsewhere.
+        `[num_queries, num_candidates]` float32, 1 where query and candidate have the same place and 0 elsewhere.
     """
     num_queries, num_candidates = ops.shape(logits)
-    queries = ops.expand_dims(ops.arange(num_queries, dtype="int32"), 1)
+    queries = ops.expand_dims(ops.add(ops.arange(num_queries, dtype="int32"), first_query), 1)
     candidates = ops.expand_dims(ops.arange(num_candidates, dtype="int32"), 0)
     return ops.cast(ops.equal(queries, candidates), "float32")
 
@@ -47,17 +48,18 @@ def subtract_log_probability(logits: Any, candidate_sampling_probability: Any) -
     return ops.subtract(logits, ops.expand_dims(ops.log(probability), 0))
 
 
-def accidental_hits(labels: Any, candidate_ids: Any) -> Any:
+def accidental_hits(labels: Any, candidate_ids: Any, first_query: Any = 0) -> Any:
     """Returns where a negative is the query's own positive candidate once more.
 
     Args:
         labels: `[num_queries, num_candidates]`, the one-hot labels of `positive_labels`.
-        candidate_ids: `[num_candidates]` integer ids; row i is the id of query i's positive.
+        candidate_ids: `[num_candidates]` integer ids; row i is the id of the positive of the batch's query i.
+        first_query: int, the place in the batch of the first query.
 
     Returns:
         `[num_queries, num_candidates]` bool, False on the positives themselves.
     """
-    positive_ids = candidate_ids[: ops.shape(labels)[0]]
+    positive_ids = ops.slice(candidate_ids, [first_query], [ops.shape(labels)[0]])
     same_id = ops.equal(ops.expand_dims(positive_ids, 1), ops.expand_dims(candidate_ids, 0))
     return ops.logical_and(same_id, ops.equal(labels, 0.0))
 

@@ -9,9 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from keras_rs_contrib import losses, negatives
+from keras_rs_contrib import losses
 from keras_rs_contrib.candidate_ids import check_candidate_ids
+from keras_rs_contrib.distribution import batch_split, num_replicas
+from keras_rs_contrib.in_batch_softmax import Candidates, InBatchSoftmax, Queries
+
+NEGATIVES = ("global", "local")
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
@@ -28,6 +33,11 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
     `candidate_sampling_probability`, accidental hits, `score_mask`, hard negatives, loss. They are those of TFRS, in
     its order. What differs is the default loss, which is the mean over the valid rows and not the sum.
 
+    From about 2,048 queries and as many candidates a device on, the default softmax does not hold the
+    `[batch, num_candidates]` logits: it scores a block of queries at a time, with the gradients at once, in a tenth of
+    the memory or less. The values are the same. A `loss` of the caller's own gets all the logits, in memory, as does
+    any loss on another backend than JAX. Streamed gradients cannot be differentiated again.
+
     Args:
         loss: a `keras.losses.Loss` of (one-hot labels, logits), or of (labels, scores), both `[batch, 1]`, where
             `labels` are given. Its reduction is respected; without a reduction the result is `[batch]`. `None` is
@@ -38,6 +48,12 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             `None` keeps all.
         remove_accidental_hits: whether negatives with the id of the query's own positive are left out. Needs
             `candidate_ids`.
+        negatives: `"global"`, or `"local"` to have as negatives only the candidates of the query's own part of the
+            batch, and the extra ones. There is a part for each replica of the distribution in force, which then keeps
+            its candidates to itself: without extra ones nothing but the loss travels between devices, and with them
+            no more than a device's rows to their place. The batch must divide over the replicas. A loss of the
+            caller's own gets labels and logits `[batch, batch / replicas + extra negatives]`. On one device both are
+            the same.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
@@ -62,6 +78,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         temperature: float | None = None,
         num_hard_negatives: int | None = None,
         remove_accidental_hits: bool = False,
+        negatives: str = "global",
         **kwargs: Any,
     ) -> None:
         # No autocast: under a mixed precision policy it would round probabilities, weights and labels to 8 bits.
@@ -81,6 +98,12 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
                 f"remove_accidental_hits={remove_accidental_hits!r}. Pass True or False."
             )
         self.remove_accidental_hits = bool(remove_accidental_hits)
+        if negatives not in NEGATIVES:
+            raise ValueError(
+                f"`negatives` must be one of {NEGATIVES}. Received: negatives={negatives!r}. "
+                'Use "global" for those of all replicas, "local" for those of the query\'s own replica.'
+            )
+        self.negatives = negatives
         # Masks of the towers (`Embedding(mask_zero=True)`) end here, without a warning.
         self.supports_masking = True
         self.built = True
@@ -138,6 +161,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         candidate_embeddings = _to_tensor("candidate_embeddings", candidate_embeddings)
         given = {name: None if value is None else _to_tensor(name, value) for name, value in given.items()}
         self._check_shapes(query_embeddings, candidate_embeddings, given)
+        self._check_divides(query_embeddings.shape[0])
 
         sample_weight = given["sample_weight"]
         if sample_weight is not None:
@@ -159,25 +183,37 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
                 labels = _zero_where_false(valid, labels)
             return self._pointwise_loss(query_embeddings, candidate_embeddings, labels, sample_weight, valid)
 
-        logits = losses.in_batch_scores(query_embeddings, candidate_embeddings, self.similarity)
-        one_hot = negatives.positive_labels(logits)
-        if self.temperature is not None:
-            logits = ops.divide(logits, self.temperature)
-        if candidate_sampling_probability is not None:
-            logits = negatives.subtract_log_probability(logits, given["candidate_sampling_probability"])
-        if self.remove_accidental_hits:
-            hits = negatives.accidental_hits(one_hot, given["candidate_ids"])
-            logits = negatives.mask_logits(logits, ops.logical_not(hits))
-        if score_mask is not None:
-            logits = negatives.mask_logits(logits, ops.cast(given["score_mask"], "bool"))
-        if candidate_mask is not None:
-            logits = negatives.mask_logits(logits, ops.expand_dims(candidate_mask, 0))
-        if self.num_hard_negatives is not None:
-            logits, one_hot = negatives.hardest_negatives(logits, one_hot, self.num_hard_negatives)
+        probability = given["candidate_sampling_probability"]
+        queries = Queries(
+            losses.to_comparable(query_embeddings, self.similarity), sample_weight, given["score_mask"], valid
+        )
+        candidates = Candidates(
+            losses.to_comparable(candidate_embeddings, self.similarity),
+            None if probability is None else ops.cast(probability, "float32"),
+            given["candidate_ids"],
+            candidate_mask,
+        )
+        return self._in_batch_loss(queries, candidates)
+
+    def _in_batch_loss(self, queries: Queries, candidates: Candidates) -> Any:
+        num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
+        # Keras traces models with sizes that are no numbers, to learn shapes and dtypes alone.
+        split = batch_split(num_queries) if isinstance(num_queries, int) else None
+        softmax = InBatchSoftmax(
+            temperature=self.temperature,
+            remove_accidental_hits=self.remove_accidental_hits,
+            num_hard_negatives=self.num_hard_negatives,
+            split=split,
+            is_local=self.negatives == "local",
+        )
+        if self.loss is None and softmax.streams(num_queries, num_candidates):
+            count = losses.count_of_valid_rows(num_queries, queries.valid)
+            return ops.divide(softmax.total_loss(queries, candidates), count)
+        logits, one_hot = softmax.logits(queries, candidates)
         if self.loss is None:
             values = losses.softmax_cross_entropy(one_hot, logits)
-            return losses.mean_over_valid_rows(values, sample_weight, valid)
-        return _reduced(self.loss, one_hot, logits, sample_weight, valid)
+            return losses.mean_over_valid_rows(values, queries.sample_weight, queries.valid)
+        return _reduced(self.loss, one_hot, logits, queries.sample_weight, queries.valid)
 
     def _pointwise_loss(self, queries: Any, candidates: Any, labels: Any, sample_weight: Any, valid: Any) -> Any:
         scores = losses.pairwise_scores(queries, candidates, self.similarity)
@@ -186,6 +222,17 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         if self.loss is None:
             return losses.mean_over_valid_rows(ops.square(ops.subtract(labels, scores)), sample_weight, valid)
         return _reduced(self.loss, ops.expand_dims(labels, 1), ops.expand_dims(scores, 1), sample_weight, valid)
+
+    def _check_divides(self, num_queries: int | None) -> None:
+        replicas = num_replicas()
+        # Keras traces models with sizes that are made up, or no numbers.
+        if self.negatives == "global" or in_symbolic_scope() or num_queries is None or num_queries % replicas == 0:
+            return
+        raise ValueError(
+            'With `negatives="local"` the batch must divide over the replicas, each of which has a part of its own. '
+            f"Received: {num_queries} queries for {replicas} replicas. Pad the batch, for instance by "
+            '`keras_rs_contrib.pad_batches`, and mark the padding in `candidate_mask`, or use `negatives="global"`.'
+        )
 
     def compute_output_spec(
         self, query_embeddings: Any, candidate_embeddings: Any, *args: Any, **kwargs: Any
@@ -262,6 +309,8 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             about_negatives.append("num_hard_negatives")
         if self.remove_accidental_hits:
             about_negatives.append("remove_accidental_hits")
+        if self.negatives == "local":
+            about_negatives.append("negatives")
         if about_negatives:
             raise ValueError(
                 "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
@@ -282,6 +331,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             temperature=self.temperature,
             num_hard_negatives=self.num_hard_negatives,
             remove_accidental_hits=self.remove_accidental_hits,
+            negatives=self.negatives,
         )
         return config
 

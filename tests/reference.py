@@ -69,6 +69,27 @@ def softmax_loss(queries, candidates, *, sample_weight=None, candidate_mask=None
     return total / max(count, 1)
 
 
+def local_softmax_loss(queries, candidates, num_parts, *, sample_weight=None, **arguments):
+    """The same where a query's negatives are the candidates of its own part of the batch and the extra ones."""
+    size, extra = len(queries) // num_parts, range(len(queries), len(candidates))
+    total, count = 0.0, 0
+    for part in range(num_parts):
+        own = [*range(part * size, (part + 1) * size)]
+        columns = [*own, *extra]
+        given = {name: np.asarray(value)[columns] for name, value in arguments.items() if name in BY_CANDIDATE}
+        settings = {name: value for name, value in arguments.items() if name not in BY_CANDIDATE}
+        if "score_mask" in settings:
+            settings["score_mask"] = np.asarray(settings["score_mask"])[np.ix_(own, columns)]
+        weight = None if sample_weight is None else sample_weight[own]
+        valid = int(np.sum(given["candidate_mask"][:size])) if "candidate_mask" in given else size
+        mean = softmax_loss(queries[own], candidates[columns], sample_weight=weight, **given, **settings)
+        total, count = total + mean * valid, count + valid
+    return total / max(count, 1)
+
+
+BY_CANDIDATE = ("candidate_sampling_probability", "candidate_ids", "candidate_mask")
+
+
 def squared_error_loss(
     queries, candidates, labels, *, sample_weight=None, candidate_mask=None, similarity="dot", temperature=None
 ):

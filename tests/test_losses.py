@@ -30,6 +30,24 @@ def test_a_row_without_a_positive_has_no_loss():
     np.testing.assert_array_equal(losses.softmax_cross_entropy(np.zeros((1, 2)), np.array([[3.0, 4.0]])), [0.0])
 
 
+def test_the_gradient_of_the_cross_entropy_follows_the_formula(rng):
+    logits, labels = rng.normal(size=(3, 4)).astype("float32") * 5, np.eye(3, 4, dtype="float32")
+    labels[2] = 0
+    values, gradient = losses.softmax_cross_entropy_and_gradient(labels, logits)
+
+    def expected(rows):
+        return [label @ (np.log(np.exp(row).sum()) - row) for label, row in zip(labels, rows, strict=True)]
+
+    np.testing.assert_allclose(values, expected(logits), rtol=1e-5)
+    np.testing.assert_allclose(gradient, reference.gradient(lambda x: sum(expected(x)), logits), rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_loss_keeps_its_digits_beside_its_gradient():
+    labels, logits = np.array([[1.0, 0.0]], "float32"), np.array([[1000.0, 988.0]], "float32")
+    value, _ = losses.softmax_cross_entropy_and_gradient(labels, logits)
+    np.testing.assert_allclose(value, [np.log1p(np.exp(-12.0))], rtol=1e-2)
+
+
 def test_the_mean_counts_valid_rows_and_not_weights():
     values, weights = np.array([1.0, 2.0, np.nan], "float32"), np.array([3.0, 0.0, 1.0], "float32")
     valid = np.array([True, True, False])

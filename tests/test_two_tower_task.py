@@ -264,6 +264,7 @@ def test_a_masked_tower_gives_no_warning():
     [
         {},
         {"similarity": "cosine", "temperature": 0.25, "num_hard_negatives": 3, "remove_accidental_hits": True},
+        {"negatives": "local"},
         {"loss": keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1, reduction="sum")},
     ],
 )
@@ -332,6 +333,7 @@ def test_an_unreduced_loss_has_one_value_for_each_query():
         ({"num_hard_negatives": 2.5}, TypeError, "num_hard_negatives=2.5"),
         ({"remove_accidental_hits": "yes"}, TypeError, "remove_accidental_hits='yes'"),
         ({"loss": "mse"}, TypeError, "loss='mse'"),
+        ({"negatives": "near"}, ValueError, "negatives='near'"),
     ],
 )
 def test_wrong_constructor_arguments_are_refused(arguments, error, words):
@@ -383,6 +385,7 @@ def test_accidental_hits_need_ids(rng):
         ({}, "score_mask"),
         ({"num_hard_negatives": 2}, "num_hard_negatives"),
         ({"remove_accidental_hits": True}, "remove_accidental_hits"),
+        ({"negatives": "local"}, "negatives"),
     ],
 )
 def test_labels_and_negatives_exclude_each_other(rng, constructor, name):

@@ -1,0 +1,289 @@
+"""The softmax over a batch: its logits, and its loss without ever holding them all.
+
+A row of logits is of use to its own loss alone, and the loss is linear in the rows. So a block of queries is scored
+with all the candidates, its loss and its share of all gradients are taken at once, and its logits are forgotten. That
+is three matrix products in all, as many as with all the logits at hand; a second pass over the blocks would take four.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax import lax
+from jax.sharding import PartitionSpec
+from keras import ops
+
+from keras_rs_contrib import losses, negatives
+from keras_rs_contrib.distribution import BatchSplit
+
+# From how many logits a device on it is faster not to hold them all: found on CPUs, where 1,024 queries and candidates
+# cost the same either way, and 2,048 take three quarters of the time.
+MIN_STREAMED_LOGITS = 2**22
+
+# How many logits a block has: 8 MiB of them. Four times as many are no faster, and take four times the memory.
+BLOCK_LOGITS = 2**21
+
+# So that with very many candidates the products are still of matrices.
+MIN_BLOCK_QUERIES = 8
+
+
+class Queries(NamedTuple):
+    """What is known of each query of a batch; `None` where it is not given.
+
+    Attributes:
+        embeddings: `[num_queries, embedding_dim]` or `[num_queries, num_heads, embedding_dim]` float32.
+        sample_weight: `[num_queries]` float32.
+        score_mask: `[num_queries, num_candidates]` bool.
+        valid: `[num_queries]` bool; False marks padding.
+    """
+
+    embeddings: Any
+    sample_weight: Any = None
+    score_mask: Any = None
+    valid: Any = None
+
+
+class Candidates(NamedTuple):
+    """What is known of each candidate of a batch; `None` where it is not given.
+
+    Attributes:
+        embeddings: `[num_candidates, embedding_dim]` float32.
+        sampling_probability: `[num_candidates]` float32.
+        ids: `[num_candidates]` int.
+        mask: `[num_candidates]` bool; False marks padding.
+    """
+
+    embeddings: Any
+    sampling_probability: Any = None
+    ids: Any = None
+    mask: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class InBatchSoftmax:
+    """How the logits of a batch come about, and who are its negatives.
+
+    Attributes:
+        temperature: divides the scores, or `None`.
+        remove_accidental_hits: whether negatives with the id of the query's positive are left out.
+        num_hard_negatives: how many negatives are kept, or `None` for all.
+        split: how the queries lie on the devices, or `None` where each device computes the whole batch.
+        is_local: whether only candidates of the query's own part of the split, and the extra ones, are negatives.
+        block_logits: about how many logits are held at once.
+    """
+
+    temperature: float | None
+    remove_accidental_hits: bool
+    num_hard_negatives: int | None
+    split: BatchSplit | None = None
+    is_local: bool = False
+    block_logits: int = dataclasses.field(default_factory=lambda: BLOCK_LOGITS)
+
+    def streams(self, num_queries: Any, num_candidates: Any) -> bool:
+        """Returns whether the loss of so many queries and candidates is faster without holding all the logits.
+
+        Sizes that are no numbers, as where Keras traces a model, are taken for small ones.
+        """
+        if keras.backend.backend() != "jax" or not isinstance(num_queries, int) or not isinstance(num_candidates, int):
+            return False
+        num_parts = 1 if self.split is None else self.split.num_replicas
+        if self.split is not None and self.is_local:
+            num_candidates -= num_queries - num_queries // num_parts
+        return bool(num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS)
+
+    def logits(self, queries: Queries, candidates: Candidates) -> tuple[Any, Any]:
+        """Returns the logits of a batch and the one-hot labels, all in memory.
+
+        Returns:
+            Both `[num_queries, num_candidates]` float32; with local negatives, a column for each candidate of the part
+            and each extra one.
+        """
+        if self.split is None or not self.is_local:
+            return self._logits(queries, candidates)
+        rows = PartitionSpec(self.split.axis)
+
+        def on_replica(queries: Queries, own: Candidates, extra: Candidates) -> tuple[Any, Any]:
+            return self._logits(*self._own_part(queries, own, extra))
+
+        return tuple(
+            jax.shard_map(
+                on_replica, mesh=self.split.mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=(rows, rows)
+            )(queries, *_own_and_extra(queries, candidates))
+        )
+
+    def total_loss(self, queries: Queries, candidates: Candidates) -> Any:
+        """Returns the sum of the valid rows' weighted cross-entropies, holding `block_logits` logits at once.
+
+        The JAX backend alone has it.
+
+        Returns:
+            Scalar float32, differentiable once, in reverse mode.
+        """
+        # Compiled as a whole, for a loss that is called eagerly would compile its loop at each call.
+        is_split = self.split is not None and self.is_local
+        parts = _own_and_extra(queries, candidates) if is_split else (candidates,)
+        return _compiled_total_loss(self, queries, parts)
+
+    def _logits(self, queries: Queries, candidates: Candidates, first_query: Any = 0) -> tuple[Any, Any]:
+        """Returns logits and labels of the queries from `first_query` on; query i has candidate i as its positive."""
+        # Both sides are comparable already: a block would normalise all candidates anew.
+        logits = losses.in_batch_scores(queries.embeddings, candidates.embeddings, "dot")
+        labels = negatives.positive_labels(logits, first_query)
+        if self.temperature is not None:
+            logits = ops.divide(logits, self.temperature)
+        if candidates.sampling_probability is not None:
+            logits = negatives.subtract_log_probability(logits, candidates.sampling_probability)
+        if self.remove_accidental_hits:
+            hits = negatives.accidental_hits(labels, candidates.ids, first_query)
+            logits = negatives.mask_logits(logits, ops.logical_not(hits))
+        if queries.score_mask is not None:
+            logits = negatives.mask_logits(logits, ops.cast(queries.score_mask, "bool"))
+        if candidates.mask is not None:
+            logits = negatives.mask_logits(logits, ops.expand_dims(candidates.mask, 0))
+        if self.num_hard_negatives is not None:
+            logits, labels = negatives.hardest_negatives(logits, labels, self.num_hard_negatives)
+        return logits, labels
+
+    def _own_part(self, queries: Queries, own: Candidates, extra: Candidates) -> tuple[Queries, Candidates]:
+        """Returns the batch of one replica, on which it is a column's number that says whose positive it is."""
+        assert self.split is not None
+        if queries.score_mask is not None:
+            num_own = own.embeddings.shape[0]
+            first = lax.axis_index(self.split.axis) * num_own
+            columns = lax.dynamic_slice_in_dim(queries.score_mask, first, num_own, axis=1)
+            extra_columns = queries.score_mask[:, num_own * self.split.num_replicas :]
+            queries = queries._replace(score_mask=jnp.concatenate([columns, extra_columns], axis=1))
+        return queries, jax.tree.map(lambda *parts: jnp.concatenate(parts), own, extra)
+
+    def _rows_loss(self, queries: Queries, candidates: Candidates, first_query: Any) -> Any:
+        logits, labels = self._logits(queries, candidates, first_query)
+        values = losses.softmax_cross_entropy(labels, logits)
+        return losses.sum_over_valid_rows(values, queries.sample_weight, queries.valid)
+
+    def _rows_loss_and_gradients(self, queries: Queries, candidates: Candidates, first_query: Any) -> Any:
+        def logits_of(query_embeddings: Any, candidate_embeddings: Any, sampling_probability: Any) -> Any:
+            return self._logits(
+                queries._replace(embeddings=query_embeddings),
+                candidates._replace(embeddings=candidate_embeddings, sampling_probability=sampling_probability),
+                first_query,
+            )
+
+        logits, pull_back, labels = jax.vjp(logits_of, queries.embeddings, *candidates[:2], has_aux=True)
+        values, of_logits = losses.softmax_cross_entropy_and_gradient(labels, logits)
+
+        def total(values: Any, sample_weight: Any) -> Any:
+            return losses.sum_over_valid_rows(values, sample_weight, queries.valid)
+
+        result, (of_values, of_weight) = jax.value_and_grad(total, argnums=(0, 1))(values, queries.sample_weight)
+        of_queries, *of_candidates = pull_back(of_logits * of_values[:, None])
+        return result, (Queries(of_queries, of_weight), Candidates(*of_candidates))
+
+    def _in_blocks(self, queries: Queries, candidates: Candidates, first_query: Any, with_gradients: bool) -> Any:
+        """Returns the total loss of the queries, block by block, and, where asked for, its gradients."""
+        function = self._rows_loss_and_gradients if with_gradients else self._rows_loss
+        num_queries = queries.embeddings.shape[0]
+        num_heads = 1 if queries.embeddings.ndim == 2 else queries.embeddings.shape[1]
+        logits_per_query = num_heads * candidates.embeddings.shape[0]
+        num_blocks = -(-num_queries // max(self.block_logits // logits_per_query, MIN_BLOCK_QUERIES))
+        if num_blocks <= 1:
+            return function(queries, candidates, first_query)
+        block = -(-num_queries // num_blocks)
+        valid = jnp.ones(num_queries, bool) if queries.valid is None else queries.valid
+
+        def step(so_far: Any, number: Any) -> tuple[Any, None]:
+            # The last block begins early rather than to end late: rows that had their turn are no longer valid.
+            start = jnp.minimum(number * block, num_queries - block)
+            rows = jax.tree.map(
+                lambda array: lax.dynamic_slice_in_dim(array, start, block), queries._replace(valid=valid)
+            )
+            rows = rows._replace(valid=rows.valid & (start + jnp.arange(block) >= number * block))
+            result = function(rows, candidates, first_query + start)
+            if not with_gradients:
+                return so_far + result, None
+            (loss, (of_queries, of_candidates)), (added, (of_rows, added_of_candidates)) = so_far, result
+
+            def add_rows(total: Any, part: Any) -> Any:
+                part = part + lax.dynamic_slice_in_dim(total, start, block)
+                return lax.dynamic_update_slice_in_dim(total, part, start, axis=0)
+
+            of_queries = jax.tree.map(add_rows, of_queries, of_rows)
+            of_candidates = jax.tree.map(jnp.add, of_candidates, added_of_candidates)
+            return (loss + added, (of_queries, of_candidates)), None
+
+        zero: Any = jnp.zeros((), "float32")
+        if with_gradients:
+            numbers = Queries(*queries[:2]), Candidates(*candidates[:2])
+            zero = zero, jax.tree.map(jnp.zeros_like, numbers)
+        return lax.scan(step, zero, jnp.arange(num_blocks))[0]
+
+    def _on_replicas(self, queries: Queries, parts: tuple[Candidates, ...], with_gradients: bool) -> Any:
+        """Returns the total loss, each replica computing that of its own queries, and, if asked for, its gradients.
+
+        Args:
+            queries: the batch.
+            parts: all the candidates, or, with local negatives on several replicas, those of the batch and the extra
+                ones. One array of both would not lie on the replicas as the queries do.
+            with_gradients: whether they are asked for.
+        """
+        if self.split is None:
+            result = self._in_blocks(queries, parts[0], 0, with_gradients)
+            return (result[0], (result[1][0], (result[1][1],))) if with_gradients else result
+        axis, rows, whole = self.split.axis, PartitionSpec(self.split.axis), PartitionSpec()
+        specs = (rows, whole) if self.is_local else (whole,)
+
+        def on_replica(queries: Queries, *parts: Candidates) -> Any:
+            if self.is_local:
+                result = self._in_blocks(*self._own_part(queries, *parts), 0, with_gradients)
+            else:
+                first_query = lax.axis_index(axis) * queries.embeddings.shape[0]
+                result = self._in_blocks(queries, parts[0], first_query, with_gradients)
+            if not with_gradients:
+                return lax.psum(result, axis)
+            loss, (of_queries, of_candidates) = result
+            of_parts, first = [], 0
+            for part, spec in zip(parts, specs, strict=True):
+                of_rows = slice(first, first + part.embeddings.shape[0])
+                of_part = jax.tree.map(operator.itemgetter(of_rows), of_candidates)
+                of_parts.append(of_part if spec == rows else lax.psum(of_part, axis))
+                first = of_rows.stop
+            return lax.psum(loss, axis), (of_queries, tuple(of_parts))
+
+        return jax.shard_map(
+            on_replica,
+            mesh=self.split.mesh,
+            in_specs=(rows, *specs),
+            out_specs=(whole, (rows, specs)) if with_gradients else whole,
+            # The gradients are written out, so that JAX has no need to know what is the same on all devices.
+            check_vma=False,
+        )(queries, *parts)
+
+
+def _own_and_extra(queries: Queries, candidates: Candidates) -> tuple[Candidates, Candidates]:
+    num_queries = queries.embeddings.shape[0]
+    own = jax.tree.map(lambda array: array[:num_queries], candidates)
+    return own, jax.tree.map(lambda array: array[num_queries:], candidates)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total_loss(softmax: InBatchSoftmax, queries: Queries, parts: tuple[Candidates, ...]) -> Any:
+    return softmax._on_replicas(queries, parts, with_gradients=False)
+
+
+def _forward(softmax: InBatchSoftmax, queries: Queries, parts: tuple[Candidates, ...]) -> tuple[Any, Any]:
+    # Of a scalar, so that what is left for the backward pass is one factor.
+    result: tuple[Any, Any] = softmax._on_replicas(queries, parts, with_gradients=True)
+    return result
+
+
+def _backward(softmax: InBatchSoftmax, gradients: Any, of_loss: Any) -> Any:
+    return jax.tree.map(lambda gradient: gradient * of_loss, gradients)
+
+
+_total_loss.defvjp(_forward, _backward)
+_compiled_total_loss = jax.jit(_total_loss, static_argnums=0)
