@@ -11,3 +11,12 @@ def positive_int(value: Any, name: str) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Ask for at least one.")
     return int(value)
+
+
+def check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
+    """Raises `TypeError` where `value` is no `kind`, nor `None` where that is allowed."""
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    raise TypeError(
+        f"`{name}` must be a `{kind.__name__}`. Received: {value!r} (of type {type(value).__name__}). Pass one."
+    )

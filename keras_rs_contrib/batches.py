@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
@@ -242,6 +243,11 @@ def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[A
 
     x, y = keras.tree.map_structure(repeat_last, (x, y), none_is_leaf=False)
     return x, y, keras.tree.map_structure(add_zeros, sample_weight)
+
+
+def is_present(sample_weight: Any) -> Any:
+    """Returns which rows of a batch are there, `[batch]` bool, for a row of weight 0 is absent."""
+    return ops.not_equal(sample_weight, 0)
 
 
 def batch_length(batch: Any) -> int:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import keras
 import numpy as np
 
 
@@ -25,66 +21,6 @@ class AllowedIds:
     num_rows: int
     table: str
     ids: np.ndarray[Any, Any] | None = None
-
-
-@contextlib.contextmanager
-def noting_lookups(
-    tower: keras.layers.Layer, features: dict[str, Any], lookups: dict[str, AllowedIds]
-) -> Iterator[None]:
-    """Notes, while a tower runs, which features go straight into one of its embeddings.
-
-    Args:
-        tower: a layer or model.
-        features: the very tensors that the tower is called with.
-        lookups: where to note the rows of the embeddings, by the name of the feature.
-    """
-
-    def noting(embedding: keras.layers.Embedding, call: Callable[..., Any]) -> Callable[..., Any]:
-        def call_and_note(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            for name, tensor in features.items():
-                if tensor is inputs and (name not in lookups or embedding.input_dim < lookups[name].num_rows):
-                    lookups[name] = AllowedIds(embedding.input_dim, f"{embedding.name!r}")
-            return call(inputs, *args, **kwargs)
-
-        return call_and_note
-
-    embeddings = [layer for layer in tower._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
-    for embedding in embeddings:
-        # Past Keras's tracking of attributes.
-        object.__setattr__(embedding, "call", noting(embedding, embedding.call))
-    try:
-        yield
-    finally:
-        for embedding in embeddings:
-            object.__delattr__(embedding, "call")
-
-
-def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any], single: bool) -> dict[str, AllowedIds]:
-    """Returns the features that go straight into an embedding of a tower, and the rows of the embedding.
-
-    Nothing is computed: the tower is traced, also while its variables have no value.
-
-    Args:
-        tower: a layer or model that is built.
-        features: a batch of its features, as arrays.
-        single: whether the tower takes its one feature as a tensor, and not a dict.
-    """
-    variables = tower.variables
-    lookups: dict[str, AllowedIds] = {}
-
-    def run(values: list[Any], tensors: dict[str, Any]) -> None:
-        mapping = list(zip(variables, values, strict=True))
-        with keras.StatelessScope(state_mapping=mapping), noting_lookups(tower, tensors, lookups):
-            tower(next(iter(tensors.values())) if single else tensors, training=False)
-
-    def spec(variable: keras.Variable) -> jax.ShapeDtypeStruct:
-        shape = tuple(variable.shape)
-        if hasattr(variable, "num_rows_on_mesh"):
-            shape = (variable.num_rows_on_mesh, *shape[1:])
-        return jax.ShapeDtypeStruct(shape, variable.dtype)
-
-    jax.eval_shape(run, [spec(variable) for variable in variables], features)
-    return lookups
 
 
 def check_numbers(batch: int, features: dict[str, Any]) -> None:

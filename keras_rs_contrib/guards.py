@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 
 class StopWhereNoNumber(keras.callbacks.Callback):  # type: ignore[misc]
@@ -77,3 +80,28 @@ def with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
     for callback in added:
         callbacks.append(callback)
     return callbacks
+
+
+def no_number(variables: Iterable[keras.Variable], name: str, value: float, epoch: int | None = None) -> str:
+    """Returns what to say where a loss is no number.
+
+    Args:
+        variables: the weights that are trained.
+        name: name of the loss.
+        value: the loss.
+        epoch: where it was, from 0.
+    """
+    where = "" if epoch is None else f" in epoch {epoch + 1}"
+    for variable in variables:
+        values = ops.convert_to_numpy(variable.value)
+        finite = np.isfinite(values).reshape(len(values) if values.ndim else 1, -1).all(axis=1)
+        if not finite.all():
+            rows = np.flatnonzero(~finite)
+            place = f"{len(rows)} of {len(finite)} rows of {variable.path!r}, such as row {rows[0]}, are no numbers"
+            break
+    else:
+        place = "all weights are numbers"
+    return (
+        f"The loss must be a number. Received: {name}={value}{where}; {place}. Lower the learning rate, and look "
+        "for NaN and infinity in the features, the labels and the sample weights, and for ids without a row."
+    )

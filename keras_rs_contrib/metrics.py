@@ -87,9 +87,17 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
 
 
 class _RankMetricAtK(RankMetric):
+    # What the metric is called, before its k.
+    prefix: str
+
     def __init__(self, k: int = 10, name: str | None = None, dtype: Any = None) -> None:
         self.k = positive_int(k, "k")
-        super().__init__(name=name, dtype=dtype)
+        super().__init__(name=name or f"{self.prefix}_at_{k}", dtype=dtype)
+
+    def positives_and_hits(self, ranks: Any) -> tuple[Any, Any]:
+        """Returns which ranks are there, and which of them are among the first k, both as `ranks` in shape, bool."""
+        is_positive = ops.greater_equal(ranks, 0)
+        return is_positive, ops.logical_and(is_positive, ops.less(ranks, self.k))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
@@ -121,13 +129,11 @@ class RecallAtK(_RankMetricAtK):
     Reference: Herlocker et al., "Evaluating collaborative filtering recommender systems", ACM TOIS 22(1), 2004.
     """
 
-    def __init__(self, k: int = 10, name: str | None = None, dtype: Any = None) -> None:
-        super().__init__(k, name or f"recall_at_{k}", dtype)
+    prefix = "recall"
 
     def values(self, ranks: Any) -> Any:
         """Returns the recall of each query."""
-        is_positive = ops.greater_equal(ranks, 0)
-        hits = ops.logical_and(is_positive, ops.less(ranks, self.k))
+        is_positive, hits = self.positives_and_hits(ranks)
         return ops.divide(_count(hits), ops.maximum(_count(is_positive), 1.0))
 
 
@@ -157,13 +163,11 @@ class NDCGAtK(_RankMetricAtK):
     binary gains and the discount `log2(1 + place)`.
     """
 
-    def __init__(self, k: int = 10, name: str | None = None, dtype: Any = None) -> None:
-        super().__init__(k, name or f"ndcg_at_{k}", dtype)
+    prefix = "ndcg"
 
     def values(self, ranks: Any) -> Any:
         """Returns the NDCG of each query."""
-        is_positive = ops.greater_equal(ranks, 0)
-        hits = ops.logical_and(is_positive, ops.less(ranks, self.k))
+        is_positive, hits = self.positives_and_hits(ranks)
         gain = ops.sum(ops.where(hits, _discount(ops.where(hits, ranks, 0)), 0.0), axis=1)
         # No list has more positives in it than the query has.
         places = ops.arange(min(self.k, ranks.shape[1]), dtype="int32")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,19 +12,20 @@ import keras_rs
 import numpy as np
 from keras import ops
 from keras.src import backend
-from keras.src.trainers.data_adapters import array_slicing
 
-from keras_rs_contrib import batches, feature_checks, losses
-from keras_rs_contrib.candidate_ids import NO_CANDIDATE, check_candidate_ids
+from keras_rs_contrib import batches, losses
+from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.checksum import checksum
-from keras_rs_contrib.guards import StopWhereNoNumber, WeightsKept, with_callbacks
-from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, is_table, shard_candidates
+from keras_rs_contrib.feature_names import FeatureNames, feature_names, select
+from keras_rs_contrib.lookups import TowerLookups
+from keras_rs_contrib.metrics import RankMetric
+from keras_rs_contrib.model_arguments import check_needs, check_task, feature_of_ids, index_of_tower, metrics_of_corpus
+from keras_rs_contrib.model_inputs import ModelInputs
+from keras_rs_contrib.padded_model import PaddedModel
+from keras_rs_contrib.query_search import Queries, metrics_of_ranks, rows_of_ids, rows_of_positives
+from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
-
-# Queries that are embedded and searched for at once outside of `fit`, `evaluate` and `predict`.
-QUERIES_AT_ONCE = 4096
 
 
 class Recommendations(NamedTuple):
@@ -41,7 +41,7 @@ class Recommendations(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class TwoTowerModel(keras.Model):  # type: ignore[misc]
+class TwoTowerModel(PaddedModel):
     """A two-tower retrieval model on dicts of features.
 
     Batches are dicts of `[batch, ...]` arrays, as arrays, `tf.data.Dataset` or `keras.utils.PyDataset`, of any size on
@@ -128,54 +128,32 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 f"`TwoTowerModel` needs the JAX backend. Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
         for name, tower in (("query_tower", query_tower), ("candidate_tower", candidate_tower)):
-            _check_type(name, tower, keras.layers.Layer)
+            check_type(name, tower, keras.layers.Layer)
         task = DistributedTwoTowerTask() if task is None else task
-        _check_type("task", task, DistributedTwoTowerTask)
-        if task.loss is not None and task.loss.reduction in (None, "none"):
-            raise ValueError(
-                "The loss of the task must be one number a batch. Received: "
-                f'{type(task.loss).__name__} without a reduction. Give it `reduction="sum_over_batch_size"`.'
-            )
-        _check_type("sampling_probability", sampling_probability, StreamingSamplingProbability, optional=True)
-        _check_type("retrieval", retrieval, keras_rs.layers.BruteForceRetrieval, optional=True)
+        check_task(task)
+        check_type("sampling_probability", sampling_probability, StreamingSamplingProbability, optional=True)
+        check_type("retrieval", retrieval, keras_rs.layers.BruteForceRetrieval, optional=True)
         super().__init__(**kwargs)
         self.query_tower = query_tower
         self.candidate_tower = candidate_tower
-        self.query_features = _feature_names("query_features", query_features)
-        self.candidate_features = _feature_names("candidate_features", candidate_features)
+        self.query_features = feature_names("query_features", query_features)
+        self.candidate_features = feature_names("candidate_features", candidate_features)
         for name, feature in (("candidate_id", candidate_id), ("label", label), ("exclude_feature", exclude_feature)):
-            _check_type(name, feature, str, optional=True)
+            check_type(name, feature, str, optional=True)
         self.task = task
-        self.retrieval = _tied_index(retrieval, candidate_tower, task.similarity)
-        if candidate_id is None and is_table(candidate_tower) and len(self.candidate_features) == 1:
-            if self.retrieval is not None and self.retrieval.candidate_ids is not None:
-                raise ValueError(
-                    "An index with `candidate_ids` needs to know which feature holds them. Received: "
-                    "candidate_id=None. Name that feature in `candidate_id`."
-                )
-            candidate_id = self.candidate_features[0]
-        self.candidate_id = candidate_id
+        self.retrieval = index_of_tower(retrieval, candidate_tower, task.similarity)
+        self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, self.retrieval)
         self.label = label
         self.sampling_probability = sampling_probability
         self.exclude_feature = exclude_feature
-        self._check_needs()
-        if isinstance(corpus_metrics, RankMetric):
-            corpus_metrics = [corpus_metrics]
-        if corpus_metrics is None:
-            k = 10 if self.retrieval is None else self.retrieval.k
-            corpus_metrics = [RecallAtK(k), NDCGAtK(k), MeanReciprocalRank()]
-        self.corpus_metrics = list(corpus_metrics)
-        for metric in self.corpus_metrics:
-            _check_type("corpus_metrics", metric, RankMetric)
-        names = [metric.name for metric in self.corpus_metrics]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"`corpus_metrics` must have names that differ. Received: {names}. Drop one, or give it a name."
-            )
+        check_needs(task, self.label, self.candidate_id, sampling_probability)
+        self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
         self.check_inputs = check_inputs
         # Past Keras's tracking of attributes.
         object.__setattr__(self, "_seen_features", {})
-        object.__setattr__(self, "_known_lookups", {})
+        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
+        build = functools.partial(backend.compute_output_spec, self, training=False)
+        object.__setattr__(self, "_lookups", TowerLookups(towers, build))
         if self.retrieval is not None and not self.retrieval.is_tied:
             # Of the tower as it was when the index was refreshed last, 0 where that is not known. Saved with the model,
             # so that one that is trained further knows that its index is stale.
@@ -183,32 +161,16 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 shape=(2,), initializer="zeros", dtype="uint32", trainable=False, autocast=False, name="tower_checksum"
             )
 
-    def _check_needs(self) -> None:
-        about_negatives = [
-            name
-            for name, given in (
-                ("sampling_probability", self.sampling_probability is not None),
-                ("remove_accidental_hits", self.task.remove_accidental_hits),
-                ("num_hard_negatives", self.task.num_hard_negatives is not None),
-            )
-            if given
-        ]
-        if self.label is not None and about_negatives:
-            raise ValueError(
-                "With `label` each query scores its own candidate only: there are no negatives. Received: `label` "
-                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
-            )
-        if self.candidate_id is not None:
-            return
-        if self.task.remove_accidental_hits:
-            needs = "a task with `remove_accidental_hits=True`"
-        elif self.sampling_probability is not None:
-            needs = "`sampling_probability`"
-        else:
-            return
-        raise ValueError(
-            f"The ids of candidates are needed. Received: {needs}, and candidate_id=None. "
-            "Name the feature that holds the ids in `candidate_id`."
+    @property
+    def _feature_names(self) -> FeatureNames:
+        return FeatureNames(
+            self.query_features, self.candidate_features, self.candidate_id, self.label, self.exclude_feature
+        )
+
+    @property
+    def _inputs(self) -> ModelInputs:
+        return ModelInputs(
+            self._feature_names, self._lookups, self.retrieval, self.sampling_probability, self.check_inputs
         )
 
     # Keras's own entry points, on batches that are checked and filled up.
@@ -258,165 +220,6 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        epochs: int = 1,
-        verbose: int | str = "auto",
-        callbacks: Any = None,
-        validation_split: float = 0.0,
-        validation_data: Any = None,
-        shuffle: bool = True,
-        class_weight: dict[int, float] | None = None,
-        sample_weight: Any = None,
-        initial_epoch: int = 0,
-        steps_per_epoch: int | None = None,
-        validation_steps: int | None = None,
-        validation_batch_size: int | None = None,
-        validation_freq: int | list[int] = 1,
-    ) -> keras.callbacks.History:
-        """Trains the model: see `keras.Model.fit`.
-
-        Raises:
-            ValueError: if a batch is bad, or the loss of an epoch no number; the progress until then is in
-                `model.history`.
-        """
-        x = self._to_arrays(x, y)
-        if class_weight is not None and isinstance(x, dict) and y is None:
-            raise ValueError(
-                "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
-                "Pass the labels as `y`, or the weights as `sample_weight`."
-            )
-        if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = array_slicing.train_validation_split(
-                (x, y, sample_weight), validation_split=validation_split
-            )
-        shuffle = shuffle and not hasattr(x, "element_spec")
-        x = self._batches(
-            x,
-            y,
-            sample_weight,
-            batch_size=batch_size,
-            steps=steps_per_epoch,
-            shuffle=shuffle,
-            class_weight=class_weight,
-        )
-        if validation_data is not None:
-            self._check_can_refresh()
-            validation_data = self._batches(
-                *keras.utils.unpack_x_y_sample_weight(validation_data),
-                batch_size=validation_batch_size or batch_size,
-                steps=validation_steps,
-            )
-        stop = StopWhereNoNumber()
-        with WeightsKept(self) as kept:
-            history = super().fit(
-                x,
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=with_callbacks(callbacks, stop, kept),
-                validation_data=validation_data,
-                shuffle=False,
-                initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch,
-                validation_steps=validation_steps,
-                validation_freq=validation_freq,
-            )
-        if self.check_inputs and stop.found is not None:
-            raise ValueError(self._no_number(*stop.found))
-        return history
-
-    def evaluate(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        verbose: int | str = "auto",
-        sample_weight: Any = None,
-        steps: int | None = None,
-        callbacks: Any = None,
-        return_dict: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Returns the loss and the metrics over the whole corpus: see `keras.Model.evaluate`.
-
-        Raises:
-            ValueError: if a batch is bad, or the loss no number.
-        """
-        if self._ranks_in_evaluation:
-            self.refresh_index()
-        within_fit = kwargs.get("_use_cached_eval_dataset", False)
-        if not within_fit:
-            x = self._batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
-            with WeightsKept(self) as kept:
-                logs = super().evaluate(
-                    x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept), return_dict=True
-                )
-        else:
-            logs = super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=True, **kwargs)
-        if self.check_inputs and not within_fit and not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(self._no_number("loss", logs["loss"], None))
-        return logs if return_dict else self._flatten_metrics_in_order(logs)
-
-    def predict(
-        self,
-        x: Any,
-        batch_size: int | None = None,
-        verbose: int | str = "auto",
-        steps: int | None = None,
-        callbacks: Any = None,
-    ) -> Any:
-        """Returns the top k of each row, as the index does: see `keras.Model.predict`.
-
-        Args:
-            x: batches with the query features; others are left out, but for `exclude_feature`.
-            batch_size: as of `keras.Model.predict`, as what follows.
-            verbose: likewise.
-            steps: likewise.
-            callbacks: likewise.
-
-        Returns:
-            `(scores, ids)`, `[num_queries, k]` float32 and int32 NumPy arrays, or the ids alone.
-
-        Raises:
-            ValueError: if a batch is bad, or the model has no index.
-        """
-        self.refresh_index()
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
-        x = self._batches(x, batch_size=batch_size, steps=steps, queries_only=True)
-        with WeightsKept(self) as kept:
-            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept))
-        is_padded = x.is_padded(len(keras.tree.flatten(outputs)[0]))
-        if not is_padded.any():
-            return outputs
-        return keras.tree.map_structure(lambda output: output[~is_padded], outputs)
-
-    def train_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
-    ) -> Any:
-        """Trains on one batch: see `keras.Model.train_on_batch`."""
-        if class_weight is not None:
-            raise ValueError(
-                "`class_weight` is not supported on single batches. Received: one. Pass the weights as `sample_weight`."
-            )
-        x, y, sample_weight = self._batch(x, y, sample_weight)
-        return super().train_on_batch(x, y, sample_weight, return_dict=return_dict)
-
-    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
-        """Evaluates one batch: see `keras.Model.test_on_batch`."""
-        self.refresh_index()
-        x, y, sample_weight = self._batch(x, y, sample_weight)
-        return super().test_on_batch(x, y, sample_weight, return_dict=return_dict)
-
-    def predict_on_batch(self, x: Any) -> Any:
-        """Returns the top k of one batch: see `predict`."""
-        self.refresh_index()
-        num_rows = batches.batch_length(x)
-        x, _, _ = self._batch(x, queries_only=True)
-        return keras.tree.map_structure(lambda output: output[:num_rows], super().predict_on_batch(x))
-
     # What a step does. To override as of any `keras.Model`.
 
     def call(self, features: dict[str, Any], training: bool | None = None) -> Any:
@@ -435,21 +238,23 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             TypeError: if `features` is no dict.
             ValueError: if features are missing, or the model has no index to retrieve from.
         """
-        self._check_names(features, self.query_features)
+        self._feature_names.check(features, self.query_features)
         self._note_features(features)
-        query_embeddings = self.query_tower(_select(features, self.query_features), training=training)
-        exclude_ids = self._exclude_ids(features)
+        query_embeddings = self.query_tower(select(features, self.query_features), training=training)
+        exclude_ids = self._feature_names.exclude_ids(features)
         if not any(name in features for name in self.candidate_features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
-        self._check_names(features, self.candidate_features)
-        candidate_embeddings = self.candidate_tower(_select(features, self.candidate_features), training=training)
+        self._feature_names.check(features, self.candidate_features)
+        candidate_embeddings = self.candidate_tower(select(features, self.candidate_features), training=training)
         result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings}
         if self.retrieval is not None and not self.retrieval.built:
             # Also where nothing below calls it: Keras wants all layers built by the first batch.
             self.retrieval.build(query_embeddings.shape)
-        if training or self.retrieval is None or self.candidate_id is None or not self.corpus_metrics:
+        if training or not self._ranks_in_evaluation:
             return result
-        self._check_names(features, [self.candidate_id])
+        assert self.retrieval is not None
+        assert self.candidate_id is not None
+        self._feature_names.check(features, [self.candidate_id])
         result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
         return result
 
@@ -465,8 +270,8 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             sample_weight: `[batch]`; a row of weight 0 is absent.
             training: whether the batch counts for `sampling_probability`.
         """
-        labels = self._labels(x, y)
-        candidate_mask = None if sample_weight is None else ops.not_equal(sample_weight, 0)
+        labels = self._feature_names.labels(x, y)
+        candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
         arguments = {}
         if labels is None and self.task.remove_accidental_hits:
             arguments["candidate_ids"] = x[self.candidate_id]
@@ -501,7 +306,7 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
                 metric.update_state(y_pred["ranks"], sample_weight=sample_weight)
         labels = scores = None
         if self._compile_metrics is not None:
-            labels = ops.expand_dims(self._labels(x, y), 1)
+            labels = ops.expand_dims(self._feature_names.labels(x, y), 1)
             scores = losses.pairwise_scores(
                 y_pred["query_embeddings"], y_pred["candidate_embeddings"], self.task.similarity
             )
@@ -512,21 +317,6 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             for metric in self.corpus_metrics:
                 result.pop(metric.name, None)
         return result
-
-    def _update_metrics_variables(
-        self, metrics_variables: Any, unscaled_loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any
-    ) -> tuple[dict[str, Any], list[Any]]:
-        # As in Keras, but that the loss of a batch, a mean, weighs as many rows as it is the mean of.
-        mapping = list(zip(self.metrics_variables, metrics_variables, strict=True))
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            if sample_weight is None:
-                num_rows = batches.batch_length(x)
-            else:
-                num_rows = ops.sum(ops.cast(ops.not_equal(sample_weight, 0), "float32"))
-            self._loss_tracker.update_state(unscaled_loss, sample_weight=num_rows)
-            logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        values = [scope.get_current_value(variable) for variable in self.metrics_variables]
-        return logs, [old if new is None else new for new, old in zip(values, metrics_variables, strict=True)]
 
     # Retrieval outside of Keras's entry points.
 
@@ -560,8 +350,9 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             scores, ids = index.find(queries, k, exclude_ids)
             return ids, scores
 
-        ids, scores = self._search(find, query_features, exclude_ids, verbose)
-        return Recommendations(ids, scores)
+        queries = self._queries(query_features, exclude_ids)
+        self.refresh_index()
+        return Recommendations(*queries.search(self.query_tower, find, verbose))
 
     def evaluate_queries(
         self,
@@ -593,31 +384,32 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             ValueError: if features are missing or bad, a positive is no candidate, or shapes do not fit.
         """
         index = self._index()
-        self._check_names(query_features, self.query_features)
-        positive_ids = check_candidate_ids(positive_ids, "positive_ids")
-        num_queries = len(np.atleast_1d(np.asarray(query_features[self.query_features[0]])))
-        if positive_ids.ndim != 2 or len(positive_ids) != num_queries:
-            raise ValueError(
-                f"`positive_ids` needs a row for each query. Received: shape {positive_ids.shape} for {num_queries} "
-                "queries. Make the rows with `group_candidate_ids`."
-            )
-        if not (positive_ids != NO_CANDIDATE).any():
-            raise ValueError(
-                "`positive_ids` needs at least one positive. Received: none. Check what is held out, and the queries."
-            )
-        positive_ids = _each_once(positive_ids)
+        queries = self._queries(query_features, exclude_ids)
+        positive_ids = rows_of_positives(positive_ids, queries.number)
 
-        def ranks(queries: Any, exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
+        def find(queries: Any, exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
             return (index.ranks(queries, positive_ids, exclude_ids),)
 
-        (all_ranks,) = self._search(ranks, query_features, exclude_ids, verbose, positive_ids)
-        result = {}
-        for metric in self.corpus_metrics if metrics is None else metrics:
-            _check_type("metrics", metric, RankMetric)
-            metric = type(metric).from_config(metric.get_config())
-            metric.update_state(all_ranks)
-            result[metric.name] = float(metric.result())
-        return result
+        self.refresh_index()
+        (ranks,) = queries.search(self.query_tower, find, verbose, positive_ids)
+        return metrics_of_ranks(self.corpus_metrics if metrics is None else metrics, ranks)
+
+    def _queries(self, features: dict[str, Any], exclude_ids: Any) -> Queries:
+        features = self._inputs.queries(features)
+        number = batches.batch_length(features)
+        if exclude_ids is None:
+            exclude_ids = self._feature_names.exclude_ids(features)
+        if exclude_ids is not None:
+            exclude_ids = rows_of_ids(exclude_ids, "exclude_ids", number)
+        return Queries(select(features, self.query_features), exclude_ids, number)
+
+    def _index(self) -> ShardedBruteForceRetrieval:
+        if self.retrieval is None:
+            raise ValueError(
+                "Retrieval needs an index. Received: a model without one, over a candidate tower that is no embedding. "
+                "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
+            )
+        return self.retrieval
 
     def refresh_index(self) -> None:
         """Refreshes the index over a feature tower, if the tower has changed since.
@@ -724,236 +516,3 @@ class TwoTowerModel(keras.Model):  # type: ignore[misc]
             if name in features and name not in self._seen_features:
                 dtype = keras.backend.standardize_dtype(features[name].dtype)
                 self._seen_features[name] = (tuple(features[name].shape[1:]), dtype)
-
-    # Checks.
-
-    def _batches(
-        self, x: Any, y: Any = None, sample_weight: Any = None, *, queries_only: bool = False, **how: Any
-    ) -> Any:
-        """Returns batches that are checked, stripped of what JAX cannot hold, and filled up."""
-        prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
-        x = self._to_arrays(x, y, queries_only)
-        y, sample_weight = (np.asarray(each) if isinstance(each, list) else each for each in (y, sample_weight))
-        return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
-
-    def _to_arrays(self, x: Any, y: Any, queries_only: bool = False) -> Any:
-        """Returns features in the form in which Keras makes batches of them."""
-        if not isinstance(x, dict):
-            return x
-        x = {name: np.asarray(values) if isinstance(values, list) else values for name, values in x.items()}
-        # Keras stumbles over strings in arrays.
-        return feature_checks.without_strings(x, self._needed(queries_only, y))
-
-    def _batch(self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False) -> Any:
-        """Returns one batch, likewise."""
-        x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), queries_only, 0, x, y, sample_weight)
-        size = batches.batch_length((x, y, sample_weight))
-        return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
-
-    def _prepare(
-        self,
-        corpus_ids: dict[str, feature_checks.AllowedIds],
-        queries_only: bool,
-        number: int,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-    ) -> tuple[Any, Any, Any]:
-        needed = self._needed(queries_only, y)
-        self._check_names(x, needed)
-        if queries_only:
-            x = {name: x[name] for name in [*needed, self.exclude_feature] if name in x}
-        else:
-            self._labels(x, y)
-        x = feature_checks.without_strings(x, needed)
-        batches.batch_length((x, y, sample_weight))
-        if self.check_inputs:
-            features = {name: x[name] for name in needed}
-            named = {f"The feature {name!r}": values for name, values in features.items()}
-            feature_checks.check_numbers(
-                number, {**named, **_named("`y`", y), **_named("`sample_weight`", sample_weight)}
-            )
-            feature_checks.check_ids(number, features, corpus_ids)
-            feature_checks.check_ids(number, features, self._lookups(features))
-        return x, y, sample_weight
-
-    def _needed(self, queries_only: bool, y: Any) -> list[str]:
-        """Returns the features that a batch must hold."""
-        names: list[str | None] = list(self.query_features)
-        if not queries_only:
-            names += [*self.candidate_features, self.candidate_id, self.label if y is None else None]
-        return [name for name in dict.fromkeys(names) if name is not None]
-
-    def _corpus_ids(self, queries_only: bool) -> dict[str, feature_checks.AllowedIds]:
-        """Returns which ids of candidates the index and the sampling probability know."""
-        if queries_only or not self.check_inputs or self.candidate_id is None:
-            return {}
-        allowed = []
-        if self.sampling_probability is not None:
-            allowed.append(feature_checks.AllowedIds(self.sampling_probability.num_candidates, "sampling_probability"))
-        if self.retrieval is not None and self.retrieval.candidate_ids is not None:
-            ids = np.sort(ops.convert_to_numpy(self.retrieval.candidate_ids))
-            allowed.append(feature_checks.AllowedIds(len(ids), "the index", ids))
-        elif self.retrieval is not None and self.retrieval.num_candidates is not None:
-            allowed.append(feature_checks.AllowedIds(self.retrieval.num_candidates, "the index"))
-        # An index with ids of its own says the most, and otherwise the smaller table.
-        return {self.candidate_id: min(allowed, key=lambda a: (a.ids is None, a.num_rows))} if allowed else {}
-
-    def _lookups(self, features: dict[str, Any]) -> dict[str, feature_checks.AllowedIds]:
-        """Returns which features are looked up in tables of the towers, found out once for each tower."""
-        for tower, names in ((self.query_tower, self.query_features), (self.candidate_tower, self.candidate_features)):
-            if tower.path in self._known_lookups or not all(name in features for name in names):
-                continue
-            if not all(layer.built for layer in tower._flatten_layers()):
-                specs = {name: keras.KerasTensor(array.shape, array.dtype) for name, array in features.items()}
-                backend.compute_output_spec(self, specs, training=False)
-            selected = {name: features[name] for name in names}
-            self._known_lookups[tower.path] = feature_checks.looked_up_features(tower, selected, len(names) == 1)
-        return {name: ids for lookups in self._known_lookups.values() for name, ids in lookups.items()}
-
-    def _check_names(self, features: Any, names: Iterable[str]) -> None:
-        if not isinstance(features, dict):
-            raise TypeError(
-                "A batch must be a dict of features. Received: "
-                f"{type(features).__name__}. Name its arrays, such as {{{self.query_features[0]!r}: ...}}."
-            )
-        missing = [name for name in names if name not in features]
-        if missing:
-            raise ValueError(
-                f"A batch must hold the features {list(names)}. Received: {sorted(features)}, without "
-                f"{missing[0]!r}. Add it, or name the features of the model otherwise."
-            )
-
-    def _labels(self, x: Any, y: Any) -> Any:
-        if self.label is None:
-            if y is not None:
-                raise ValueError(
-                    "A model without `label` trains on positives and has no use for labels. Received: `y`. "
-                    "Drop it, or pass `label=` with the name of the feature that holds the labels."
-                )
-            return None
-        if y is not None and self.label in x:
-            raise ValueError(
-                f"Labels come as a feature or as `y`. Received: the feature {self.label!r} and `y`. Drop one of them."
-            )
-        labels = x[self.label] if y is None else y
-        # Keras's own losses take both.
-        return labels[:, 0] if len(labels.shape) == 2 and labels.shape[1] == 1 else labels
-
-    def _exclude_ids(self, features: dict[str, Any]) -> Any:
-        return None if self.exclude_feature is None else features.get(self.exclude_feature)
-
-    def _index(self) -> ShardedBruteForceRetrieval:
-        if self.retrieval is None:
-            raise ValueError(
-                "Retrieval needs an index. Received: a model without one, over a candidate tower that is no embedding. "
-                "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
-            )
-        return self.retrieval
-
-    def _search(
-        self, function: Any, features: dict[str, Any], exclude_ids: Any, verbose: int | str, *arrays: Any
-    ) -> list[np.ndarray[Any, Any]]:
-        """Returns what `function` does for the embeddings of the queries, some of them at a time."""
-        self.refresh_index()
-        self._check_names(features, self.query_features)
-        features = {name: np.asarray(values) for name, values in features.items()}
-        features, _, _ = self._prepare({}, True, 0, features, None, None)
-        num_queries = batches.batch_length(features)
-        if exclude_ids is None:
-            exclude_ids = self._exclude_ids(features)
-        if exclude_ids is not None:
-            exclude_ids = check_candidate_ids(exclude_ids, "exclude_ids")
-            if exclude_ids.ndim != 2 or len(exclude_ids) != num_queries:
-                raise ValueError(
-                    "`exclude_ids` needs a row for each query. Received: "
-                    f"shape {exclude_ids.shape} for {num_queries} queries. Make the rows with `group_candidate_ids`."
-                )
-        inputs = _select(features, self.query_features)
-        if verbose == "auto":
-            verbose = int(num_queries > 16 * QUERIES_AT_ONCE)
-        progress = keras.utils.Progbar(num_queries, verbose=verbose, unit_name="query")
-        parts = []
-        # At least once, for the shapes of the result.
-        for start in range(0, max(num_queries, 1), QUERIES_AT_ONCE):
-            rows = slice(start, start + QUERIES_AT_ONCE)
-            part = keras.tree.map_structure(lambda array, rows=rows: np.asarray(array)[rows], inputs)
-            queries = self.query_tower(part, training=False)
-            excluded = None if exclude_ids is None else exclude_ids[rows]
-            results = function(queries, excluded, *(array[rows] for array in arrays))
-            parts.append([np.asarray(result) for result in results])
-            progress.update(min(start + QUERIES_AT_ONCE, num_queries))
-        return [np.concatenate(results) for results in zip(*parts, strict=True)]
-
-    def _no_number(self, name: str, value: float, epoch: int | None) -> str:
-        """Returns what to say where a loss is no number."""
-        where = "" if epoch is None else f" in epoch {epoch + 1}"
-        for variable in self.trainable_variables:
-            values = ops.convert_to_numpy(variable.value)
-            finite = np.isfinite(values).reshape(len(values) if values.ndim else 1, -1).all(axis=1)
-            if not finite.all():
-                rows = np.flatnonzero(~finite)
-                place = f"{len(rows)} of {len(finite)} rows of {variable.path!r}, such as row {rows[0]}, are no numbers"
-                break
-        else:
-            place = "all weights are numbers"
-        return (
-            f"The loss must be a number. Received: {name}={value}{where}; {place}. Lower the learning rate, and look "
-            "for NaN and infinity in the features, the labels and the sample weights, and for ids without a row."
-        )
-
-
-def _each_once(ids: np.ndarray[Any, np.dtype[np.int32]]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Returns `[num_rows, n]` ids with -1 in place of all but one of those that are equal within a row."""
-    ids = np.sort(ids, axis=1)
-    again = np.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
-    return np.where(again, np.int32(NO_CANDIDATE), ids)
-
-
-def _named(name: str, values: Any) -> dict[str, Any]:
-    return {} if values is None else {name: np.asarray(values)}
-
-
-def _check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
-    if isinstance(value, kind) or (optional and value is None):
-        return
-    raise TypeError(
-        f"`{name}` must be a `{kind.__name__}`. Received: {value!r} (of type {type(value).__name__}). Pass one."
-    )
-
-
-def _feature_names(argument: str, names: str | Sequence[str]) -> list[str]:
-    result = [names] if isinstance(names, str) else list(names) if isinstance(names, (list, tuple)) else []
-    if not result or not all(isinstance(name, str) for name in result):
-        raise TypeError(
-            f"`{argument}` must be the name of a feature, or several. Received: {names!r}. Pass the keys of the batch."
-        )
-    return result
-
-
-def _select(features: dict[str, Any], names: list[str]) -> Any:
-    return features[names[0]] if len(names) == 1 else {name: features[name] for name in names}
-
-
-def _tied_index(
-    retrieval: keras_rs.layers.BruteForceRetrieval | None, candidate_tower: keras.layers.Layer, similarity: str
-) -> ShardedBruteForceRetrieval | None:
-    """Returns the index of the candidate tower."""
-    if retrieval is None:
-        if not is_table(candidate_tower):
-            return None
-        retrieval = keras_rs.layers.BruteForceRetrieval(k=min(10, candidate_tower.input_dim))
-    if not isinstance(retrieval, ShardedBruteForceRetrieval):
-        return shard_candidates(retrieval, candidate_tower, similarity=similarity)
-    if retrieval.candidate_tower is not candidate_tower:
-        raise ValueError(
-            "The index must be that of the model's candidate tower. Received: "
-            f"an index of {retrieval.candidate_tower.name!r} and the tower {candidate_tower.name!r}. "
-            "Pass the same layer to both."
-        )
-    if retrieval.similarity != similarity:
-        raise ValueError(
-            "The index must rank by the similarity that is trained. Received: "
-            f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
-        )
-    return retrieval

@@ -1,4 +1,4 @@
-"""The example as a user runs it: its own process, its flags, its files."""
+"""The example as a user runs it: its own process, its flags, its files. What needs no process of its own runs here."""
 
 import json
 import os
@@ -6,22 +6,42 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from test_movielens import movielens, prepared
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "movielens_dp.py"
 SYNTHETIC = ("--dataset=synthetic", "--embedding_dim=4")
 
 
-def run(*flags):
+def run(*arguments):
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "KERAS_BACKEND")}
     return subprocess.run(
-        [sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment
     )
 
 
+@pytest.fixture
+def main(monkeypatch):
+    """The program as a function of its arguments, which returns what it exits with; its devices are those of here."""
+    import movielens_dp
+
+    def call(*arguments):
+        with flagsaver.flagsaver():
+            remaining = flags.FLAGS(["movielens_dp", *arguments])
+            with pytest.raises(SystemExit) as end:
+                movielens_dp.main(remaining)
+        return end.value.code
+
+    monkeypatch.setattr(sys, "argv", ["movielens_dp"])
+    monkeypatch.setattr(movielens_dp, "choose_devices", lambda: jax.devices()[: flags.FLAGS.num_devices])
+    return call
+
+
 @pytest.mark.slow
-def test_it_trains_recommends_saves_and_reports(tmp_path):
+def test_it_trains_recommends_saves_and_reports_and_more_devices_change_no_figure(main, tmp_path):
     model, metrics_file = tmp_path / "model.keras", tmp_path / "metrics.json"
     result = run(
         *SYNTHETIC, "--epochs=2", "--num_devices=2", "--users=42,7", "--k=3", "--device_mesh",
@@ -56,31 +76,28 @@ def test_it_trains_recommends_saves_and_reports(tmp_path):
         assert len(recommendation["movie_ids"]) == 3
         assert 0 not in recommendation["movie_ids"]
         assert all(title in result.stdout for title in recommendation["titles"])
-
-
-@pytest.mark.slow
-def test_the_number_of_devices_changes_no_figure(tmp_path):
-    """Of batches that divide over 1 device, and not over 3."""
-    histories = []
-    for num_devices in (1, 3):
-        file = tmp_path / f"{num_devices}.json"
-        result = run(*SYNTHETIC, "--epochs=2", f"--num_devices={num_devices}", f"--metrics_json={file}")
-        assert result.returncode == 0, result.stderr
-        histories.append(json.loads(file.read_text())["history"])
+    # On devices over which the batches do not divide.
+    again = tmp_path / "3 devices.json"
+    assert main(*SYNTHETIC, "--epochs=2", "--num_devices=3", "--users=5", "--k=1682", f"--metrics_json={again}") is None
+    on_three = json.loads(again.read_text())
     for name in ("loss", "val_loss"):
-        assert histories[1][name] == pytest.approx(histories[0][name], abs=1e-4)
+        assert on_three["history"][name] == pytest.approx(metrics["history"][name], abs=1e-4)
+    # What a user has rated is left out.
+    data = movielens.synthetic(42)
+    rated = set(data.movie_ids[data.user_ids == 5].tolist())
+    assert sorted(on_three["recommendations"][0]["movie_ids"]) == sorted(set(range(1, 1683)) - rated)
 
 
 @pytest.mark.slow
-def test_trained_long_enough_it_recommends_films_of_ones_taste(tmp_path):
+def test_trained_long_enough_it_recommends_films_of_ones_taste(main, tmp_path, capsys):
     file = tmp_path / "metrics.json"
     users = ",".join(str(user) for user in range(1, 101))
-    result = run(
+    code = main(
         "--dataset=synthetic", "--epochs=20", "--learning_rate=1", "--num_devices=1", f"--users={users}",
         "--include_seen", f"--metrics_json={file}",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    own = result.stdout.split("Recommended to user")[1:]
+    assert code is None
+    own = capsys.readouterr().out.split("Recommended to user")[1:]
     assert len(own) == 100
     right = 0
     for block in own:
@@ -95,37 +112,23 @@ def test_trained_long_enough_it_recommends_films_of_ones_taste(tmp_path):
 
 
 @pytest.mark.slow
-def test_retrieval_recommends_better_than_popularity_and_ratings(tmp_path):
+def test_retrieval_recommends_better_than_popularity_and_ratings(main, tmp_path):
     """With probabilities known beforehand, and learned on several devices."""
-    metrics = []
-    for flags in (("--num_devices=1",), ("--sampling_correction=streaming", "--num_devices=2")):
-        file = tmp_path / "metrics.json"
-        result = run(
-            "--dataset=synthetic", "--objective=retrieval", "--epochs=4", "--embedding_dim=32", *flags,
-            f"--metrics_json={file}",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        assert result.stderr == ""
-        assert "this model (retrieval)" in result.stdout
-        metrics.append(json.loads(file.read_text()))
-    for each in metrics:
-        assert each["user_metrics"]["ndcg_at_10"] > 1.5 * each["popularity_metrics"]["ndcg_at_10"]
-
-
-@pytest.mark.slow
-def test_what_a_user_has_rated_is_left_out(tmp_path):
-    file = tmp_path / "metrics.json"
-    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=1", "--users=5", "--k=1682", f"--metrics_json={file}")
+    files = [tmp_path / "1.json", tmp_path / "2.json"]
+    retrieval = ("--dataset=synthetic", "--objective=retrieval", "--epochs=2", "--embedding_dim=32")
+    result = run(*retrieval, "--num_devices=1", f"--metrics_json={files[0]}")
     assert result.returncode == 0, result.stderr
-    recommended = json.loads(file.read_text())["recommendations"][0]["movie_ids"]
-    data = movielens.synthetic(42)
-    rated = set(data.movie_ids[data.user_ids == 5].tolist())
-    assert sorted(recommended) == sorted(set(range(1, 1683)) - rated)
+    assert result.stderr == ""
+    assert "this model (retrieval)" in result.stdout
+    code = main(*retrieval, "--sampling_correction=streaming", "--num_devices=2", f"--metrics_json={files[1]}")
+    assert code is None
+    for file in files:
+        metrics = json.loads(file.read_text())
+        assert metrics["user_metrics"]["ndcg_at_10"] > 1.5 * metrics["popularity_metrics"]["ndcg_at_10"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("arguments", "words"),
     [
         (("--users=944",), "no user '944'. Users are numbered 1 to 943."),
         (("--users=",), "no user is named"),
@@ -133,15 +136,31 @@ def test_what_a_user_has_rated_is_left_out(tmp_path):
         (("--model_path=model.h5",), "must end in .keras"),
         (("--model_path=/nowhere/model.keras",), "no file can be written there"),
         (("--model_path=same.keras", "--metrics_json=same.keras"), "Name two files"),
-        (("--num_devices=100000",), "--num_devices=100000"),
-        (("--learning_rate=nan",), "must be positive and finite"),
-        (("--temperature=0",), "must be positive and finite"),
         (("--sampling_correction=counts",), "it has no effect with --objective=rating"),
-        (("epochs=3",), "Unknown argument 'epochs=3'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_training(flags, words):
-    result = run(*SYNTHETIC, *flags)
+def test_what_cannot_be_done_is_refused_before_training(arguments, words, main, capsys):
+    assert words in main(*SYNTHETIC, *arguments)
+    assert "Epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("--learning_rate=nan", "must be positive and finite"), ("--temperature=0", "must be positive and finite")],
+)
+def test_values_that_are_none_are_refused(argument, words, main):
+    with pytest.raises(flags.IllegalFlagValueError, match=words):
+        main(*SYNTHETIC, argument)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("--num_devices=100000", "--num_devices=100000"), ("epochs=3", "Unknown argument 'epochs=3'")],
+)
+def test_a_refusal_is_a_line_and_a_status(argument, words):
+    """Of a flag's own check, and of the program's."""
+    result = run(*SYNTHETIC, argument)
     assert result.returncode == 1
     assert words in result.stderr
     assert "Traceback" not in result.stderr
@@ -149,50 +168,31 @@ def test_what_cannot_be_done_is_refused_before_training(flags, words):
 
 
 @pytest.mark.slow
-def test_training_that_diverges_ends_after_the_epoch(tmp_path):
+def test_training_that_diverges_ends_after_the_epoch(main, tmp_path):
     file = tmp_path / "metrics.json"
-    result = run(*SYNTHETIC, "--epochs=9", "--learning_rate=1e30", f"--metrics_json={file}")
-    assert result.returncode == 1
-    assert "The loss must be a number. Received: loss=" in result.stderr
-    assert "in epoch 1" in result.stderr
-    assert "--learning_rate=1e+30" in result.stderr
-    assert "Traceback" not in result.stderr
+    message = main(*SYNTHETIC, "--epochs=9", "--learning_rate=1e30", "--num_devices=2", f"--metrics_json={file}")
+    assert "The loss must be a number. Received: loss=" in message
+    assert "in epoch 1" in message
+    assert "--learning_rate=1e+30" in message
     assert not file.exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_costs_the_metrics_alone():
-    result = run(*SYNTHETIC, "--epochs=1", "--metrics_json=/dev/full")
-    assert result.returncode == 1
+def test_a_full_disk_costs_the_metrics_alone_and_8_devices_on_fewer_cores_go_through():
+    """800 steps, in each of which 8 devices wait for one another on the threads of a few cores."""
+    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=100", "--metrics_json=/dev/full")
+    assert result.returncode == 1, result.stderr
     assert "--metrics_json=/dev/full: No space left on device. All else is done." in result.stderr
     assert result.stdout.count("Recommended to user") == 3
     assert result.stdout.count("SYNTHETIC") == 2
 
 
-@pytest.mark.slow
-def test_small_batches_on_more_devices_than_cores_go_through():
-    """800 steps, in each of which 8 devices wait for one another on the threads of a few cores."""
-    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=100")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-def test_movielens_that_is_not_to_be_had_is_an_error(tmp_path):
-    script = (
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import movielens;"
-        "movielens.MOVIELENS_HOST = 'http://127.0.0.1:9/'; sys.argv[0] = 'movielens_dp.py';"
-        "import movielens_dp; movielens_dp.app.run(movielens_dp.main)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, "--dataset=movielens", f"--data_dir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert f"not prepared in {tmp_path}" in result.stderr
-    assert "--dataset=auto goes on without it" in result.stderr
+def test_movielens_that_is_not_to_be_had_is_an_error(main, monkeypatch, tmp_path):
+    monkeypatch.setattr(movielens, "MOVIELENS_HOST", "http://127.0.0.1:9/")
+    message = main("--dataset=movielens", f"--data_dir={tmp_path}")
+    assert f"not prepared in {tmp_path}" in message
+    assert "--dataset=auto goes on without it" in message
 
 
 @prepared

@@ -9,7 +9,7 @@ import keras_rs
 import numpy as np
 import pytest
 import reference
-from conftest import data_parallel, model_parallel
+from conftest import DISTRIBUTIONS, data_parallel, model_parallel
 from models import DIMENSION, RetrievalModel, brute_force, predictions
 
 from keras_rs_contrib import ShardedBruteForceRetrieval, shard_candidates
@@ -102,14 +102,24 @@ def test_k_may_change_within_the_corpus(rng):
 
 
 @pytest.mark.parametrize(
-    ("num_excluded", "with_ids", "mesh_axis"),
-    [(0, False, "batch"), (1, True, None), (20, False, None), (20, True, "batch")],
+    ("name", "num_excluded", "with_ids", "mesh_axis"),
+    [
+        ("1 device", 1, True, None),
+        ("1 device", 20, False, None),
+        ("DataParallel(2)", 20, True, "batch"),
+        ("DataParallel(3)", 0, False, "batch"),
+        ("DataParallel(3)", 20, False, None),
+        ("DataParallel(8)", 20, True, "batch"),
+        ("ModelParallel(2x4)", 0, False, "batch"),
+        ("ModelParallel(2x4)", 1, True, None),
+        ("ModelParallel(1x8)", 20, False, None),
+    ],
 )
-def test_lists_and_ranks_without_what_is_excluded(rng, distribution, num_excluded, with_ids, mesh_axis):
+def test_lists_and_ranks_without_what_is_excluded(rng, name, num_excluded, with_ids, mesh_axis):
+    keras.distribution.set_distribution(DISTRIBUTIONS[name]())
     tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
     ids = rng.permutation(43) * 3 - 20 if with_ids else np.arange(43)
     own = ids[rng.permutation(43)[:num_excluded]]
-    mesh_axis = mesh_axis if distribution is not None else None
     index = shard_candidates(
         brute_force(k=7), tower, candidate_ids=ids if with_ids else None, exclude_ids=own, mesh_axis=mesh_axis
     )
@@ -138,7 +148,10 @@ def test_where_too_few_remain_the_rest_is_none(rng):
     assert np.isfinite(np.asarray(scores)[:, :2]).all()
 
 
-def test_exclude_ids_may_be_an_input_of_a_functional_model(rng, distribution):
+@pytest.mark.parametrize("name", ["1 device", "DataParallel(3)", "ModelParallel(2x4)"])
+def test_exclude_ids_may_be_an_input_of_a_functional_model(rng, name):
+    distribution = DISTRIBUTIONS[name]()
+    keras.distribution.set_distribution(distribution)
     tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
     queries, exclude_ids = keras.Input((4,)), keras.Input((None,), dtype="int32")
     index = shard_candidates(brute_force(), tower, mesh_axis=None if distribution is None else "batch")
@@ -161,8 +174,11 @@ def test_ranks_of_what_is_in_no_list(rng):
     np.testing.assert_array_equal(compiled(queries, jax.numpy.array([1, 10, -2]))[1:], [10, 10])
 
 
-def test_ranks_of_several_candidates_are_those_of_each(rng, distribution):
+@pytest.mark.parametrize("name", ["1 device", "DataParallel(3)", "ModelParallel(2x4)"])
+def test_ranks_of_several_candidates_are_those_of_each(rng, name):
     """Of rows with duplicates and gaps, and queries that need not divide over the devices."""
+    distribution = DISTRIBUTIONS[name]()
+    keras.distribution.set_distribution(distribution)
     tower = keras.layers.Embedding(43, 4, embeddings_initializer="normal", name="movie_tower")
     names = rng.permutation(43) * 3 - 21
     own = names[[4, 30]]
@@ -301,11 +317,22 @@ def of_one_device():
     return model.history.history["loss"], predictions(model)
 
 
-@pytest.mark.parametrize("mesh_axis", [None, "batch"])
-def test_fit_and_predict_are_those_of_one_device(distribution, mesh_axis):
+@pytest.mark.parametrize(
+    ("name", "mesh_axis"),
+    [
+        ("DataParallel(1)", None),
+        ("DataParallel(3)", "batch"),
+        ("DataParallel(8)", None),
+        ("DataParallel(8)", "batch"),
+        ("ModelParallel(2x4)", None),
+        ("ModelParallel(2x4)", "batch"),
+        ("ModelParallel(1x8)", None),
+    ],
+)
+def test_fit_and_predict_are_those_of_one_device(name, mesh_axis):
     keras.distribution.set_distribution(None)
     expected_losses, expected_ids = of_one_device()
-    keras.distribution.set_distribution(distribution)
+    keras.distribution.set_distribution(DISTRIBUTIONS[name]())
     model = fitted_model(mesh_axis=mesh_axis)
     np.testing.assert_allclose(model.history.history["loss"], expected_losses, rtol=1e-5)
     np.testing.assert_array_equal(predictions(model), expected_ids)
@@ -668,8 +695,9 @@ def test_an_index_over_a_feature_tower_may_be_updated(rng):
     np.testing.assert_array_equal(index(queries), reference.top_k(queries, table, 5)[1] + 100)
 
 
-@pytest.mark.parametrize("on", LOADED_ON)
-@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+@pytest.mark.parametrize(
+    ("on", "mesh_axis"), [("1 device", None), ("DataParallel(3)", "batch"), ("ModelParallel(2x4)", None)]
+)
 def test_a_corpus_may_grow_and_shrink(tmp_path, rng, on, mesh_axis):
     keras.distribution.set_distribution(LOADED_ON[on]())
     inputs = keras.Input((DIMENSION,))

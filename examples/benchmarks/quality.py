@@ -168,32 +168,43 @@ def print_row(table, name, results, seconds):
     table.print({**row, "seconds a run": f"{np.median(seconds):.1f}", "runs": str(len(results))})
 
 
+def print_method(table, name, scores_of, seeds_of):
+    """Prints the row of a method.
+
+    Args:
+        table: where to print it.
+        name: what the method is called.
+        scores_of: takes the ratings to train on and a seed, and returns scores, or `None` where it is not installed.
+        seeds_of: takes the seed of a split, and returns the seeds to run the method with.
+    """
+    results, seconds = [], []
+    for split_seed in range(FLAGS.num_splits):
+        train, held_out = data_of(split_seed)
+        for seed in seeds_of(split_seed):
+            start = time.perf_counter()
+            scores = scores_of(train, seed)
+            seconds.append(time.perf_counter() - start)
+            if scores is None:
+                print(f"{name}: not installed.", file=sys.stderr)
+                return
+            results.append(evaluate(scores, train, held_out))
+    print_row(table, name, results, seconds)
+
+
 def compare(table):
     """Prints a row for each method."""
     splits, seeds = range(FLAGS.num_splits), range(FLAGS.num_seeds)
-
-    def print_method(name, scores_of, seeds):
-        results, seconds = [], []
-        for split_seed in splits:
-            train, held_out = data_of(split_seed)
-            for seed in seeds:
-                start = time.perf_counter()
-                scores = scores_of(train, seed)
-                seconds.append(time.perf_counter() - start)
-                if scores is None:
-                    print(f"{name}: not installed.", file=sys.stderr)
-                    return
-                results.append(evaluate(scores, train, held_out))
-        print_row(table, name, results, seconds)
 
     def print_program(name, **changes):
         runs = [run_program(split_seed, seed, **changes) for split_seed in splits for seed in seeds]
         print_row(table, name, [content["user_metrics"] for content, _ in runs], [seconds for _, seconds in runs])
 
-    print_method("popularity", lambda train, seed: popularity(train), seeds[:1])
+    print_method(table, "popularity", lambda train, seed: popularity(train), lambda split_seed: seeds[:1])
     print_program("towers, --objective=rating (the tutorial's)", objective="rating")
-    print_method(f"ALS (implicit), {ALS[0]} factors", lambda train, seed: als(train, seed, *ALS), seeds)
-    print_method("EASE", lambda train, seed: ease(train, EASE), seeds[:1])
+    print_method(
+        table, f"ALS (implicit), {ALS[0]} factors", lambda train, seed: als(train, seed, *ALS), lambda split_seed: seeds
+    )
+    print_method(table, "EASE", lambda train, seed: ease(train, EASE), lambda split_seed: seeds[:1])
     print_program("towers, --objective=retrieval", objective="retrieval")
 
 
@@ -210,18 +221,7 @@ def tune(table):
         name = "ALS, {} factors, regularization {}, alpha {}".format(*choice)
         candidates.append((name, lambda train, seed, choice=choice: als(train, seed, *choice)))
     for name, scores_of in candidates:
-        results, seconds = [], []
-        for seed in splits:
-            train, held_out = data_of(seed)
-            start = time.perf_counter()
-            scores = scores_of(train, seed)
-            seconds.append(time.perf_counter() - start)
-            if scores is None:
-                print(f"{name}: not installed.", file=sys.stderr)
-                break
-            results.append(evaluate(scores, train, held_out))
-        if results:
-            print_row(table, name, results, seconds)
+        print_method(table, name, scores_of, lambda split_seed: [split_seed])
 
 
 def main(argv):

@@ -1,0 +1,115 @@
+"""What the arguments of a two-tower model say together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import keras
+import keras_rs
+
+from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
+from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, is_table, shard_candidates
+from keras_rs_contrib.sampling import StreamingSamplingProbability
+from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
+
+
+def check_task(task: DistributedTwoTowerTask) -> None:
+    """Raises where there is no task (`TypeError`), or its loss is no scalar (`ValueError`)."""
+    check_type("task", task, DistributedTwoTowerTask)
+    if task.loss is not None and task.loss.reduction in (None, "none"):
+        raise ValueError(
+            "The loss of the task must be one number a batch. Received: "
+            f'{type(task.loss).__name__} without a reduction. Give it `reduction="sum_over_batch_size"`.'
+        )
+
+
+def check_needs(
+    task: DistributedTwoTowerTask,
+    label: str | None,
+    candidate_id: str | None,
+    sampling_probability: StreamingSamplingProbability | None,
+) -> None:
+    """Raises `ValueError` where a model with labels is to have negatives, or ids are needed and have no name."""
+    about_negatives = [
+        name
+        for name, given in (
+            ("sampling_probability", sampling_probability is not None),
+            ("remove_accidental_hits", task.remove_accidental_hits),
+            ("num_hard_negatives", task.num_hard_negatives is not None),
+        )
+        if given
+    ]
+    if label is not None and about_negatives:
+        raise ValueError(
+            "With `label` each query scores its own candidate only: there are no negatives. Received: `label` "
+            f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+        )
+    if candidate_id is not None:
+        return
+    if task.remove_accidental_hits:
+        needs = "a task with `remove_accidental_hits=True`"
+    elif sampling_probability is not None:
+        needs = "`sampling_probability`"
+    else:
+        return
+    raise ValueError(
+        f"The ids of candidates are needed. Received: {needs}, and candidate_id=None. "
+        "Name the feature that holds the ids in `candidate_id`."
+    )
+
+
+def feature_of_ids(
+    candidate_id: str | None,
+    candidate_features: list[str],
+    candidate_tower: keras.layers.Layer,
+    index: ShardedBruteForceRetrieval | None,
+) -> str | None:
+    """Returns the name of the feature that holds the ids: of a tower that is an embedding, its one feature."""
+    if candidate_id is not None or not is_table(candidate_tower) or len(candidate_features) != 1:
+        return candidate_id
+    if index is not None and index.candidate_ids is not None:
+        raise ValueError(
+            "An index with `candidate_ids` needs to know which feature holds them. Received: "
+            "candidate_id=None. Name that feature in `candidate_id`."
+        )
+    return candidate_features[0]
+
+
+def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[RankMetric]:
+    """Returns the metrics given, or those at `k`."""
+    if isinstance(metrics, RankMetric):
+        metrics = [metrics]
+    metrics = [RecallAtK(k), NDCGAtK(k), MeanReciprocalRank()] if metrics is None else list(metrics)
+    for metric in metrics:
+        check_type("corpus_metrics", metric, RankMetric)
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"`corpus_metrics` must have names that differ. Received: {names}. Drop one, or give it a name."
+        )
+    return metrics
+
+
+def index_of_tower(
+    retrieval: keras_rs.layers.BruteForceRetrieval | None, candidate_tower: keras.layers.Layer, similarity: str
+) -> ShardedBruteForceRetrieval | None:
+    """Returns the index of the candidate tower."""
+    if retrieval is None:
+        if not is_table(candidate_tower):
+            return None
+        retrieval = keras_rs.layers.BruteForceRetrieval(k=min(10, candidate_tower.input_dim))
+    if not isinstance(retrieval, ShardedBruteForceRetrieval):
+        return shard_candidates(retrieval, candidate_tower, similarity=similarity)
+    if retrieval.candidate_tower is not candidate_tower:
+        raise ValueError(
+            "The index must be that of the model's candidate tower. Received: "
+            f"an index of {retrieval.candidate_tower.name!r} and the tower {candidate_tower.name!r}. "
+            "Pass the same layer to both."
+        )
+    if retrieval.similarity != similarity:
+        raise ValueError(
+            "The index must rank by the similarity that is trained. Received: "
+            f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
+        )
+    return retrieval
