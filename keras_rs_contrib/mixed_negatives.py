@@ -148,12 +148,27 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         """
         # Also checks the shapes, before anything is drawn.
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=training)
+        return self._candidates(candidate_ids, in_batch, candidate_mask, self.draw() if training else None)
+
+    def with_drawn(self, candidate_ids: Any, drawn: Any, candidate_mask: Any = None) -> CandidateIds:
+        """Returns what `call` does in training, with negatives that `draw` has drawn before.
+
+        For a model that looks all ids up before it knows the mask.
+
+        Args:
+            candidate_ids: `[batch]` int32, as of `call`.
+            drawn: `[num_negatives]` int32.
+            candidate_mask: `[batch]` bool, as of `call`.
+        """
+        in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=True)
+        return self._candidates(candidate_ids, in_batch, candidate_mask, drawn)
+
+    def _candidates(self, candidate_ids: Any, in_batch: Any, candidate_mask: Any, drawn: Any) -> CandidateIds:
         if candidate_mask is None:
             candidate_mask = ops.ones(ops.shape(candidate_ids), "bool")
         candidate_mask = ops.cast(candidate_mask, "bool")
-        if not training:
+        if drawn is None:
             return CandidateIds(candidate_ids, in_batch, candidate_mask)
-        drawn = self._draw()
         ids = ops.concatenate([candidate_ids, drawn])
         # Asked only now: the batch counts for these, too.
         in_batch = ops.concatenate([in_batch, self.sampling_probability(drawn, training=False)])
@@ -164,7 +179,8 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         mask = ops.concatenate([candidate_mask, ops.ones((self.num_negatives,), "bool")])
         return CandidateIds(ids, probability, mask)
 
-    def _draw(self) -> Any:
+    def draw(self) -> Any:
+        """Returns `[num_negatives]` int32 ids, drawn uniformly."""
         places = keras.random.randint(
             (self.num_negatives,), 0, self.num_drawn_from, dtype="int32", seed=self.seed_generator
         )

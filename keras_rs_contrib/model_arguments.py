@@ -8,7 +8,9 @@ import keras
 import keras_rs
 
 from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
+from keras_rs_contrib.mixed_negatives import MixedNegatives
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, is_table, shard_candidates
 from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
@@ -29,34 +31,64 @@ def check_needs(
     label: str | None,
     candidate_id: str | None,
     sampling_probability: StreamingSamplingProbability | None,
+    mixed_negatives: MixedNegatives | None,
+    cross_batch_memory: CrossBatchMemory | None,
 ) -> None:
     """Raises `ValueError` where a model with labels is to have negatives, or ids are needed and have no name."""
-    about_negatives = [
-        name
-        for name, given in (
-            ("sampling_probability", sampling_probability is not None),
-            ("remove_accidental_hits", task.remove_accidental_hits),
-            ("num_hard_negatives", task.num_hard_negatives is not None),
-        )
-        if given
-    ]
+    need_ids = {
+        "sampling_probability": sampling_probability is not None,
+        "mixed_negatives": mixed_negatives is not None,
+        "cross_batch_memory": cross_batch_memory is not None,
+        "remove_accidental_hits": task.remove_accidental_hits,
+    }
+    need_negatives = {
+        **need_ids,
+        "num_hard_negatives": task.num_hard_negatives is not None,
+        "negatives": task.negatives != "global",
+    }
+    about_negatives = [name for name, given in need_negatives.items() if given]
     if label is not None and about_negatives:
         raise ValueError(
             "With `label` each query scores its own candidate only: there are no negatives. Received: `label` "
             f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
         )
+    if mixed_negatives is not None and sampling_probability is not None:
+        raise ValueError(
+            "`MixedNegatives` has a `StreamingSamplingProbability` of its own, and no batch is to count twice. "
+            "Received: `mixed_negatives` and `sampling_probability`. Drop the latter."
+        )
     if candidate_id is not None:
         return
-    if task.remove_accidental_hits:
-        needs = "a task with `remove_accidental_hits=True`"
-    elif sampling_probability is not None:
-        needs = "`sampling_probability`"
-    else:
+    needs = [name for name, given in need_ids.items() if given]
+    if needs:
+        raise ValueError(
+            f"The ids of candidates are needed. Received: `{needs[0]}`, and candidate_id=None. "
+            "Name the feature that holds the ids in `candidate_id`."
+        )
+
+
+def check_drawn_ids(
+    mixed_negatives: MixedNegatives | None,
+    candidate_tower: keras.layers.Layer,
+    candidate_features: list[str],
+    candidate_id: str | None,
+) -> None:
+    """Raises `ValueError` where the tower cannot embed the ids that are drawn."""
+    if mixed_negatives is None:
         return
-    raise ValueError(
-        f"The ids of candidates are needed. Received: {needs}, and candidate_id=None. "
-        "Name the feature that holds the ids in `candidate_id`."
-    )
+    if candidate_features != [candidate_id]:
+        raise ValueError(
+            "`mixed_negatives` draws ids, which must be all that the candidate tower needs. Received: "
+            f"candidate_features={candidate_features} and candidate_id={candidate_id!r}. Let the tower look up the "
+            "other features by the id, in a table of the corpus."
+        )
+    num_candidates = mixed_negatives.sampling_probability.num_candidates
+    if is_table(candidate_tower) and num_candidates > candidate_tower.input_dim:
+        raise ValueError(
+            "`mixed_negatives` must draw rows of the candidate tower. Received: "
+            f"{num_candidates} candidates to draw from, for {candidate_tower.input_dim} rows. "
+            "Make its `StreamingSamplingProbability` of as many candidates as the tower has rows."
+        )
 
 
 def feature_of_ids(

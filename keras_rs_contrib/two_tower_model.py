@@ -16,16 +16,28 @@ from keras.src import backend
 from keras_rs_contrib import batches, losses
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.checksum import checksum
+from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
 from keras_rs_contrib.feature_names import FeatureNames, feature_names, select
 from keras_rs_contrib.lookups import TowerLookups
 from keras_rs_contrib.metrics import RankMetric
-from keras_rs_contrib.model_arguments import check_needs, check_task, feature_of_ids, index_of_tower, metrics_of_corpus
+from keras_rs_contrib.mixed_negatives import MixedNegatives
+from keras_rs_contrib.model_arguments import (
+    check_drawn_ids,
+    check_needs,
+    check_task,
+    feature_of_ids,
+    index_of_tower,
+    metrics_of_corpus,
+)
 from keras_rs_contrib.model_inputs import ModelInputs
 from keras_rs_contrib.padded_model import PaddedModel
 from keras_rs_contrib.query_search import Queries, metrics_of_ranks, rows_of_ids, rows_of_positives
 from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.sampling import StreamingSamplingProbability
 from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
+
+# Arguments of the model that are layers or `None`.
+OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cross_batch_memory")
 
 
 class Recommendations(NamedTuple):
@@ -75,6 +87,9 @@ class TwoTowerModel(PaddedModel):
             `BruteForceRetrieval(k=10)`. Without an index the model only trains.
         sampling_probability: a `StreamingSamplingProbability`, for the log-q correction of in-batch softmax; it gets
             candidate ids. `None` for no correction.
+        mixed_negatives: a `MixedNegatives`, whose draws are negatives too, in training; it corrects for sampling itself.
+            For candidate towers that need nothing but the id.
+        cross_batch_memory: a `CrossBatchMemory`, whose candidates are negatives too, in training.
         exclude_feature: name of a feature of `[batch, m]` ids that a query is not to get in `evaluate`, `predict` and
             calls, -1 for none. Batches may lack it.
         corpus_metrics: metrics of ranks for `evaluate`, such as `RecallAtK(10)`. By default recall and NDCG at the
@@ -118,6 +133,8 @@ class TwoTowerModel(PaddedModel):
         task: DistributedTwoTowerTask | None = None,
         retrieval: keras_rs.layers.BruteForceRetrieval | None = None,
         sampling_probability: StreamingSamplingProbability | None = None,
+        mixed_negatives: MixedNegatives | None = None,
+        cross_batch_memory: CrossBatchMemory | None = None,
         exclude_feature: str | None = None,
         corpus_metrics: Iterable[RankMetric] | None = None,
         check_inputs: bool = True,
@@ -132,6 +149,8 @@ class TwoTowerModel(PaddedModel):
         task = DistributedTwoTowerTask() if task is None else task
         check_task(task)
         check_type("sampling_probability", sampling_probability, StreamingSamplingProbability, optional=True)
+        check_type("mixed_negatives", mixed_negatives, MixedNegatives, optional=True)
+        check_type("cross_batch_memory", cross_batch_memory, CrossBatchMemory, optional=True)
         check_type("retrieval", retrieval, keras_rs.layers.BruteForceRetrieval, optional=True)
         super().__init__(**kwargs)
         self.query_tower = query_tower
@@ -145,8 +164,11 @@ class TwoTowerModel(PaddedModel):
         self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, self.retrieval)
         self.label = label
         self.sampling_probability = sampling_probability
+        self.mixed_negatives = mixed_negatives
+        self.cross_batch_memory = cross_batch_memory
         self.exclude_feature = exclude_feature
-        check_needs(task, self.label, self.candidate_id, sampling_probability)
+        check_needs(task, self.label, self.candidate_id, sampling_probability, mixed_negatives, cross_batch_memory)
+        check_drawn_ids(mixed_negatives, candidate_tower, self.candidate_features, self.candidate_id)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
         self.check_inputs = check_inputs
         # Past Keras's tracking of attributes.
@@ -169,9 +191,10 @@ class TwoTowerModel(PaddedModel):
 
     @property
     def _inputs(self) -> ModelInputs:
-        return ModelInputs(
-            self._feature_names, self._lookups, self.retrieval, self.sampling_probability, self.check_inputs
-        )
+        probability = self.sampling_probability
+        if self.mixed_negatives is not None:
+            probability = self.mixed_negatives.sampling_probability
+        return ModelInputs(self._feature_names, self._lookups, self.retrieval, probability, self.check_inputs)
 
     # Keras's own entry points, on batches that are checked and filled up.
 
@@ -232,7 +255,9 @@ class TwoTowerModel(PaddedModel):
         Returns:
             With query features alone, what the index returns. With candidate features too, a dict of
             `query_embeddings` and `candidate_embeddings`, and, outside of training, where ids, an index and
-            `corpus_metrics` are there, the `ranks` of the candidates in the whole corpus, `[batch]` int32.
+            `corpus_metrics` are there, the `ranks` of the candidates in the whole corpus, `[batch]` int32. In training
+            with `mixed_negatives`, the embeddings of their draws follow those of the batch, and their ids are
+            `drawn_ids`.
 
         Raises:
             TypeError: if `features` is no dict.
@@ -245,8 +270,16 @@ class TwoTowerModel(PaddedModel):
         if not any(name in features for name in self.candidate_features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
         self._feature_names.check(features, self.candidate_features)
-        candidate_embeddings = self.candidate_tower(select(features, self.candidate_features), training=training)
-        result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings}
+        candidates = select(features, self.candidate_features)
+        result = {"query_embeddings": query_embeddings}
+        if training and self.mixed_negatives is not None:
+            result["drawn_ids"] = self.mixed_negatives.draw()
+            # At once, as a `RowSparseEmbedding` needs it.
+            candidates = ops.concatenate([ops.cast(candidates, "int32"), result["drawn_ids"]])
+        candidate_embeddings = self.candidate_tower(candidates, training=training)
+        result["candidate_embeddings"] = candidate_embeddings
+        if self.cross_batch_memory is not None and not self.cross_batch_memory.built:
+            self.cross_batch_memory.build(candidate_embeddings.shape)
         if self.retrieval is not None and not self.retrieval.built:
             # Also where nothing below calls it: Keras wants all layers built by the first batch.
             self.retrieval.build(query_embeddings.shape)
@@ -268,28 +301,37 @@ class TwoTowerModel(PaddedModel):
             y: labels, where `x` does not hold them.
             y_pred: what `call` returned.
             sample_weight: `[batch]`; a row of weight 0 is absent.
-            training: whether the batch counts for `sampling_probability`.
+            training: whether the batch counts for `sampling_probability`, and goes into `cross_batch_memory`.
         """
         labels = self._feature_names.labels(x, y)
         candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
-        arguments = {}
-        if labels is None and self.task.remove_accidental_hits:
-            arguments["candidate_ids"] = x[self.candidate_id]
-        if labels is None and self.sampling_probability is not None:
-            arguments["candidate_sampling_probability"] = self.sampling_probability(
-                x[self.candidate_id], candidate_mask=candidate_mask, training=training
-            )
-        loss = self.task(
-            y_pred["query_embeddings"],
-            y_pred["candidate_embeddings"],
-            labels=labels,
-            sample_weight=sample_weight,
-            candidate_mask=candidate_mask,
-            **arguments,
-        )
+        candidates = self._candidates(x, y_pred, candidate_mask, training)
+        loss = self.task(y_pred["query_embeddings"], labels=labels, sample_weight=sample_weight, **candidates)
         for added in self.losses:
             loss = ops.add(loss, ops.sum(ops.cast(added, loss.dtype)))
         return loss
+
+    def _candidates(self, x: Any, y_pred: Any, candidate_mask: Any, training: bool) -> dict[str, Any]:
+        """Returns what the task is told of the candidates: those of the batch, of the draws and of the memory."""
+        result = {"candidate_embeddings": y_pred["candidate_embeddings"], "candidate_mask": candidate_mask}
+        if self.candidate_id is None or self.label is not None:
+            return result
+        ids = x[self.candidate_id]
+        if self.task.remove_accidental_hits or self.cross_batch_memory is not None:
+            result["candidate_ids"] = ids
+        if self.sampling_probability is not None:
+            result["candidate_sampling_probability"] = self.sampling_probability(
+                ids, candidate_mask=candidate_mask, training=training
+            )
+        if self.mixed_negatives is not None:
+            if "drawn_ids" in y_pred:
+                drawn = self.mixed_negatives.with_drawn(ids, y_pred["drawn_ids"], candidate_mask)
+            else:
+                drawn = self.mixed_negatives(ids, candidate_mask=candidate_mask, training=False)
+            result.update(drawn._asdict())
+        if self.cross_batch_memory is not None:
+            result = self.cross_batch_memory(**result, training=training)._asdict()
+        return result
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Updates the metrics, and returns those that a batch of this kind has.
@@ -467,13 +509,15 @@ class TwoTowerModel(PaddedModel):
         config.update(
             query_tower=serialize(self.query_tower),
             candidate_tower=serialize(self.candidate_tower),
+            task=serialize(self.task),
             query_features=self.query_features,
             candidate_features=self.candidate_features,
             candidate_id=self.candidate_id,
             label=self.label,
-            task=serialize(self.task),
-            retrieval=None if self.retrieval is None else serialize(self.retrieval),
-            sampling_probability=None if self.sampling_probability is None else serialize(self.sampling_probability),
+            **{
+                name: None if getattr(self, name) is None else serialize(getattr(self, name))
+                for name in OPTIONAL_LAYERS
+            },
             exclude_feature=self.exclude_feature,
             corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
             check_inputs=self.check_inputs,
@@ -486,7 +530,7 @@ class TwoTowerModel(PaddedModel):
         config = dict(config)
         deserialize = keras.saving.deserialize_keras_object
         index = config.get("retrieval")
-        for name in ("query_tower", "candidate_tower", "task", "retrieval", "sampling_probability"):
+        for name in ("query_tower", "candidate_tower", "task", *OPTIONAL_LAYERS):
             if isinstance(config.get(name), dict):
                 config[name] = deserialize(config[name])
         if isinstance(index, dict) and config["retrieval"].candidate_tower is not config["candidate_tower"]:

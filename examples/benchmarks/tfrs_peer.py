@@ -2,9 +2,9 @@
 
     pip install tensorflow-recommenders tf_keras
 
-Reads one JSON request a line and answers with seconds: `{"task", "num_candidates", "num_queries", "dimension", "k"}` for
-retrieval; `{"task", "num_rows", "batch_size", "dimension", "steps"}` for a step of training, of task "pointwise" or
-"softmax". The first line that it prints says which versions it runs.
+Reads one JSON request a line and answers with seconds. For retrieval a request is `{"task", "num_candidates",
+"num_queries", "dimension", "k"}`; for a step of training, of task "pointwise" or "softmax", it is `{"task", "num_rows",
+"batch_size", "dimension", "steps"}`. The first line that it prints says which versions it runs.
 """
 
 import functools

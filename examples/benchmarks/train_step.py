@@ -6,8 +6,8 @@ r"""Times training steps over growing tables and growing batches: this package, 
 Two towers of one embedding each, Adagrad, in the ordinary `fit` of each library: the time of a step is that of a call
 of `fit` over its number of steps. Batches hold no row twice, so that a step touches as many rows however large the
 table. Growth is the time over that at the fewest rows. TFRS needs another Keras, and so an environment of its own
-(`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns; ratios
-are those of single turns: their median, and in parentheses their quartiles.
+(`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns;
+ratios are those of single turns: their median, and in parentheses their quartiles.
 
 Ten million rows, twice and with a slot each, take 10 GB here and as much again in TFRS; `--rows` asks for fewer.
 """
@@ -97,6 +97,7 @@ class Training:
         self.x = x
 
     def __call__(self):
+        """Returns how long a step took, in seconds."""
         start = time.perf_counter()
         self.model.fit(self.x, batch_size=self.batch_size, shuffle=False, verbose=0)
         return (time.perf_counter() - start) / self.steps
