@@ -87,8 +87,8 @@ class TwoTowerModel(PaddedModel):
             `BruteForceRetrieval(k=10)`. Without an index the model only trains.
         sampling_probability: a `StreamingSamplingProbability`, for the log-q correction of in-batch softmax; it gets
             candidate ids. `None` for no correction.
-        mixed_negatives: a `MixedNegatives`, whose draws are negatives too, in training; it corrects for sampling itself.
-            For candidate towers that need nothing but the id.
+        mixed_negatives: a `MixedNegatives`, whose draws are negatives too, in training, and which corrects for sampling
+            itself. For candidate towers that need nothing but the id.
         cross_batch_memory: a `CrossBatchMemory`, whose candidates are negatives too, in training.
         exclude_feature: name of a feature of `[batch, m]` ids that a query is not to get in `evaluate`, `predict` and
             calls, -1 for none. Batches may lack it.
@@ -506,6 +506,7 @@ class TwoTowerModel(PaddedModel):
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()
         serialize = keras.saving.serialize_keras_object
+        optional = {name: getattr(self, name) for name in OPTIONAL_LAYERS}
         config.update(
             query_tower=serialize(self.query_tower),
             candidate_tower=serialize(self.candidate_tower),
@@ -514,10 +515,7 @@ class TwoTowerModel(PaddedModel):
             candidate_features=self.candidate_features,
             candidate_id=self.candidate_id,
             label=self.label,
-            **{
-                name: None if getattr(self, name) is None else serialize(getattr(self, name))
-                for name in OPTIONAL_LAYERS
-            },
+            **{name: None if layer is None else serialize(layer) for name, layer in optional.items()},
             exclude_feature=self.exclude_feature,
             corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
             check_inputs=self.check_inputs,
