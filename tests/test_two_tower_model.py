@@ -781,7 +781,7 @@ def test_the_index_must_be_the_towers_and_rank_as_it_is_trained():
 
 def test_ids_that_are_needed_must_be_named():
     towers = keras.layers.Embedding(3, 4), keras.Sequential([keras.layers.Embedding(20, 4)])
-    with pytest.raises(ValueError, match="Received: a task with `remove_accidental_hits=True`, and candidate_id=None"):
+    with pytest.raises(ValueError, match="Received: `remove_accidental_hits`, and candidate_id=None"):
         TwoTowerModel(*towers, "user_id", "movie_id", task=DistributedTwoTowerTask(remove_accidental_hits=True))
     with pytest.raises(ValueError, match="Received: `sampling_probability`, and candidate_id=None"):
         TwoTowerModel(*towers, "user_id", "movie_id", sampling_probability=StreamingSamplingProbability(20))

@@ -5,7 +5,9 @@ r"""Times training steps over growing tables and growing batches: this package, 
 
 Two towers of one embedding each, Adagrad, in the ordinary `fit` of each library: the time of a step is that of a call
 of `fit` over its number of steps. Batches hold no row twice, so that a step touches as many rows however large the
-table. Growth is the time over that at the fewest rows. TFRS needs another Keras, and so an environment of its own
+table. Growth is the time over that at the fewest rows: for the very same batches, which tells what the table costs by
+its size, and for rows from anywhere in it, which are less often in caches. All other columns are of rows from anywhere.
+TFRS needs another Keras, and so an environment of its own
 (`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns;
 ratios are those of single turns: their median, and in parentheses their quartiles.
 
@@ -81,20 +83,15 @@ class Training:
     """Training steps of a model, for `in_turns`.
 
     Args:
-        embedding: `row_sparse` or `keras.layers.Embedding`.
-        num_rows: rows of each table.
+        model: a compiled model.
+        x: what `batches` returned.
         batch_size: size of a batch.
-        steps: steps in a call of `fit`.
-        objective: one of `OBJECTIVES`.
     """
 
-    def __init__(self, embedding, num_rows, batch_size, steps, objective):
-        self.model = model(embedding, num_rows, objective)
-        self.batch_size, self.steps = batch_size, steps
-        x = batches(num_rows, batch_size, steps)
-        if objective == "softmax":
-            del x["rating"]
-        self.x = x
+    def __init__(self, model, x, batch_size):
+        self.model, self.batch_size = model, batch_size
+        self.steps = len(x["user"]) // batch_size
+        self.x = {name: values for name, values in x.items() if name != "rating" or model.label is not None}
 
     def __call__(self):
         """Returns how long a step took, in seconds."""
@@ -114,15 +111,17 @@ class Training:
 def over_rows(peer, objective, sizes):
     """Prints how long a step takes as tables grow, and returns the medians in milliseconds, by name and size."""
     table, medians = Table(), {}
-    base = Training(row_sparse, sizes[0], FLAGS.batch_size, STEPS, objective)
+    size = FLAGS.batch_size
+    of_base = batches(sizes[0], size, STEPS)
+    base = Training(model(row_sparse, sizes[0], objective), of_base, size)
     for num_rows in sizes:
-        functions = {
-            "base": base,
-            "ours": Training(row_sparse, num_rows, FLAGS.batch_size, STEPS, objective),
-        }
+        ours = model(row_sparse, num_rows, objective)
+        x = batches(num_rows, size, STEPS)
+        functions = {"base": base, "same": Training(ours, of_base, size), "ours": Training(ours, x, size)}
         if num_rows <= FLAGS.dense_rows:
             steps = STEPS if num_rows < 100_000 else DENSE_STEPS
-            functions["dense"] = Training(keras.layers.Embedding, num_rows, FLAGS.batch_size, steps, objective)
+            dense = model(keras.layers.Embedding, num_rows, objective)
+            functions["dense"] = Training(dense, {name: x[name][: steps * size] for name in x}, size)
         if peer is not None:
             functions["TFRS"] = functools.partial(
                 peer.time,
@@ -137,6 +136,7 @@ def over_rows(peer, objective, sizes):
             "objective": objective,
             "rows": f"{num_rows:,}",
             "ours, ms": milliseconds(times["ours"]),
+            "growth, same batches": ratio(times["same"], times["base"]),
             "growth": ratio(times["ours"], times["base"]),
             "ours, MiB beside the tables": f"{functions['ours'].memory():.0f}",
         }
@@ -150,7 +150,7 @@ def over_rows(peer, objective, sizes):
         for name, values in times.items():
             medians.setdefault(name, {})[num_rows] = statistics.median(values) * 1e3
         # Before the next tables are made.
-        del functions
+        functions = ours = dense = None
         gc.collect()
     return medians
 
@@ -169,10 +169,11 @@ def over_batches(peer, sizes):
     num_rows = max(ROWS_OF_BATCHES, *sizes)
     # A loss of one's own gets all logits. This one is the default.
     own_loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    rows = model(row_sparse, num_rows, "softmax")
     for batch_size in sizes:
         ours, ours_bytes = loss_and_gradients(DistributedTwoTowerTask(temperature=10.0), batch_size)
         steps = max(1, 20_000 // batch_size)
-        functions = {"ours": timed(ours), "step": Training(row_sparse, num_rows, batch_size, steps, "softmax")}
+        functions = {"ours": timed(ours), "step": Training(rows, batches(num_rows, batch_size, steps), batch_size)}
         if batch_size <= FLAGS.materialised:
             all_logits, all_bytes = loss_and_gradients(DistributedTwoTowerTask(own_loss, temperature=10.0), batch_size)
             functions["all logits"] = timed(all_logits)
@@ -212,6 +213,7 @@ def plot(path, rows, batch_medians):
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     styles = {
+        "same": ("RowSparseEmbedding, same batches", "C3", "D"),
         "ours": ("RowSparseEmbedding", "C0", "o"),
         "dense": ("keras.layers.Embedding", "C1", "s"),
         "TFRS": ("TFRS", "C2", "^"),
