@@ -210,10 +210,17 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"{sorted(names)} for {self.name!r} with {type(self.optimizer).__name__}, which has "
                 f"{['0', *others]}. Build it with the optimizer that was saved."
             )
-        self._embeddings.assign(store["0"])
-        for name, variable in others.items():
-            if name in names:
-                variable.assign(store[name])
+        variables = {"0": self._embeddings, **others}
+        for name in names:
+            # A mean of squares has the name of the squares, and another shape.
+            if tuple(store[name].shape) != tuple(variables[name].shape):
+                raise ValueError(
+                    "The weights of a `RowSparseEmbedding` must have the shapes of its own. Received: shape "
+                    f"{tuple(store[name].shape)} for {variables[name].path!r}, whose shape is "
+                    f"{tuple(variables[name].shape)}. Build it with the sizes and the optimizer that were saved."
+                )
+        for name in names:
+            variables[name].assign(store[name])
 
     def _other_variables(self) -> dict[str, keras.Variable]:
         if not self.built:
