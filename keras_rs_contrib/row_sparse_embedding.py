@@ -273,7 +273,7 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
         The same structure, of `[..., output_dim]` tensors.
 
     Raises:
-        ValueError: if there are no ids.
+        ValueError: if there are no ids, or symbolic ones of a size unknown beyond the first dimension.
 
     Example:
     ```python
@@ -285,6 +285,11 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     if not tensors:
         raise ValueError("`ids` must hold at least one tensor. Received: none. Pass the ids that are to be looked up.")
     shapes = [tuple(each.shape) for each in tensors]
+    if any(None in shape[1:] for shape in shapes):
+        raise ValueError(
+            "`ids` must have known sizes, but for the first dimension of symbolic ones. Received: "
+            f"shapes {shapes}. Give `keras.Input` the sizes, and fill short rows up with an id."
+        )
     # By row where that can be: a batch stays split over the devices as it was.
     by_row = all(shape and shape[0] == shapes[0][0] and 0 not in shape[1:] for shape in shapes)
     axis = 1 if by_row else 0
