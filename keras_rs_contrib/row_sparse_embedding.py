@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
-from keras_rs_contrib.distribution import split_rows, table_layout
+from keras_rs_contrib.distribution import axis_of_rows, split_rows, table_layout
 from keras_rs_contrib.padded_variable import add_table
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
 
@@ -92,15 +92,16 @@ class RowSparseEmbedding(ShardedEmbedding):
         if self.built:
             return
         super().build(input_shape)
-        layout = table_layout(self._embeddings)
+        # As the table lies, though a layout map may name the table alone. While Keras traces a model to build it, the
+        # table does not lie anywhere yet.
+        row_axis = axis_of_rows(self.mesh_axis, f"{self.path}/embeddings")
         slots = {
             name: add_table(
                 self.add_weight,
                 f"{self.path}/{name}",
                 (self.input_dim, width),
                 keras.initializers.Constant(value),
-                # As the table lies, though a layout map may name the table alone.
-                self.mesh_axis if layout is None else layout.row_axis,
+                row_axis,
                 dtype="float32",
                 name=name,
             )
