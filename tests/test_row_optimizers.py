@@ -91,13 +91,13 @@ def test_the_settings_are_those_of_the_formula(kind, arguments, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outside", [NUM_ROWS, -NUM_ROWS - 1, 2**31 - 1, -(2**31)])
-def test_an_id_without_a_row_is_nan_and_changes_nothing(kind, outside, rng):
+def test_an_id_without_a_row_is_nan_and_changes_nothing(kind, rng):
     optimizer = KINDS[kind]()
-    table = new_table(optimizer, rng)
-    after, rows = step_of(optimizer)(table, jnp.array([3, outside, 3]), np.ones((3, DIMENSION), "float32"), 0.1, 1.0)
-    np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False])
-    jax.tree.map(np.testing.assert_array_equal, after, table)
+    step, table = step_of(optimizer), new_table(optimizer, rng)
+    for outside in (NUM_ROWS, -NUM_ROWS - 1, 2**31 - 1, -(2**31)):
+        after, rows = step(table, jnp.array([3, outside, 3]), np.ones((3, DIMENSION), "float32"), 0.1, 1.0)
+        np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False])
+        jax.tree.map(np.testing.assert_array_equal, after, table)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_padding_has_no_ids(rng):
     np.testing.assert_array_equal(rows[2], table.embeddings[7])
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "uint32"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
 def test_ids_of_any_integer_dtype(dtype, rng):
     num_rows = 200
     optimizer = RowSGD()
