@@ -58,10 +58,12 @@ class Towers(keras.Model):
         self.dense = keras.layers.Dense(1)
 
     def tower(self, num_rows, name):
+        # So large that gradients count beside Adagrad's initial accumulator.
+        initializer = keras.initializers.RandomUniform(-1, 1)
         if self.row_optimizer is None:
-            return keras.layers.Embedding(num_rows, DIMENSION, name=name)
+            return keras.layers.Embedding(num_rows, DIMENSION, initializer, name=name)
         return RowSparseEmbedding(
-            num_rows, DIMENSION, optimizer=self.row_optimizer, mesh_axis=self.mesh_axis, name=name
+            num_rows, DIMENSION, self.row_optimizer, initializer, mesh_axis=self.mesh_axis, name=name
         )
 
     def call(self, x):
@@ -82,7 +84,7 @@ def data(num_batches):
     }
     # The last row, next to the padding, is trained too, and some rows never.
     x["movie"][::5] = NUM_MOVIES - 1
-    return x, rng.random((size, 1)).astype("float32")
+    return x, 3 * rng.normal(size=(size, 1)).astype("float32")
 
 
 def compiled(optimizer=None, mesh_axis=None, keras_optimizer="adagrad", **arguments):
