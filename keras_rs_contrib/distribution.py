@@ -126,14 +126,24 @@ def rows_on_mesh(num_rows: int, mesh_axis: str | None, path: str) -> int:
     distribution = keras.distribution.distribution()
     if distribution is None:
         return num_rows
-    axes = {mesh_axis}
-    if isinstance(distribution, keras.distribution.ModelParallel):
-        # Keras lays the table out by its map when it makes it, whatever comes after.
-        variable = types.SimpleNamespace(path=path, shape=(num_rows, 1))
-        axes.add(distribution.get_variable_layout(variable).axes[0])
+    # Keras lays the table out by its map when it makes it, whatever comes after.
+    axes = {mesh_axis, _axis_of_layout_map(path)}
     mesh = distribution.device_mesh
     num_shards = math.lcm(*(size for name, size in zip(mesh.axis_names, mesh.shape, strict=True) if name in axes))
     return -(-num_rows // num_shards) * num_shards
+
+
+def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
+    """Returns the mesh axis that splits a table's rows once it is made; `mesh_axis` where the mesh in force has none.
+
+    Args:
+        mesh_axis: as for `rows_on_mesh`, as the path.
+        path: the variable's path.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or mesh_axis in distribution.device_mesh.axis_names:
+        return mesh_axis
+    return _axis_of_layout_map(path) or mesh_axis
 
 
 def check_divides(num_rows: int, mesh_axis: str | None, path: str) -> None:
@@ -188,6 +198,14 @@ def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     table._layout = sharding
     if table._value is not None:
         table.assign(table._value)
+
+
+def _axis_of_layout_map(path: str) -> str | None:
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.ModelParallel):
+        return None
+    axis: str | None = distribution.get_variable_layout(types.SimpleNamespace(path=path, shape=(1, 1))).axes[0]
+    return axis
 
 
 def _sharding(table: keras.Variable) -> Any:

@@ -280,6 +280,12 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
 
 
 def _from_keras(optimizer: keras.optimizers.Optimizer) -> RowOptimizer:
+    learning_rate = optimizer._learning_rate
+    if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule | keras.Variable):
+        raise ValueError(
+            "The learning rate must be a number or a schedule. Received: "
+            f"{learning_rate!r}. Make it a `keras.optimizers.schedules.LearningRateSchedule`."
+        )
     config = optimizer.get_config()
     for name, unused in _FromKeras.UNUSED.items():
         if config.get(name, unused) != unused:
@@ -289,13 +295,7 @@ def _from_keras(optimizer: keras.optimizers.Optimizer) -> RowOptimizer:
                 f"`{_FromKeras.COPIED[type(optimizer)][0].__name__}`."
             )
     kind, copied = _FromKeras.COPIED[type(optimizer)]
-    learning_rate = optimizer._learning_rate
-    if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-        if not isinstance(learning_rate, keras.Variable):
-            raise ValueError(
-                "The learning rate must be a number or a schedule. Received: "
-                f"{learning_rate!r}. Make it a `keras.optimizers.schedules.LearningRateSchedule`."
-            )
+    if isinstance(learning_rate, keras.Variable):
         learning_rate = float(config["learning_rate"])
     return kind(learning_rate, **{name: config[name] for name in copied})
 

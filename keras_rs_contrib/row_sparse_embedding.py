@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
-from keras_rs_contrib.distribution import split_rows, table_layout
+from keras_rs_contrib.distribution import axis_of_rows, split_rows, table_layout
 from keras_rs_contrib.padded_variable import add_table
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
 
@@ -92,15 +92,16 @@ class RowSparseEmbedding(ShardedEmbedding):
         if self.built:
             return
         super().build(input_shape)
-        layout = table_layout(self._embeddings)
+        # As the table lies, though a layout map may name the table alone. While Keras traces a model to build it, the
+        # table does not lie anywhere yet.
+        row_axis = axis_of_rows(self.mesh_axis, f"{self.path}/embeddings")
         slots = {
             name: add_table(
                 self.add_weight,
                 f"{self.path}/{name}",
                 (self.input_dim, width),
                 keras.initializers.Constant(value),
-                # As the table lies, though a layout map may name the table alone.
-                self.mesh_axis if layout is None else layout.row_axis,
+                row_axis,
                 dtype="float32",
                 name=name,
             )
@@ -210,10 +211,17 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"{sorted(names)} for {self.name!r} with {type(self.optimizer).__name__}, which has "
                 f"{['0', *others]}. Build it with the optimizer that was saved."
             )
-        self._embeddings.assign(store["0"])
-        for name, variable in others.items():
-            if name in names:
-                variable.assign(store[name])
+        variables = {"0": self._embeddings, **others}
+        for name in names:
+            # A mean of squares has the name of the squares, and another shape.
+            if tuple(store[name].shape) != tuple(variables[name].shape):
+                raise ValueError(
+                    "The weights of a `RowSparseEmbedding` must have the shapes of its own. Received: shape "
+                    f"{tuple(store[name].shape)} for {variables[name].path!r}, whose shape is "
+                    f"{tuple(variables[name].shape)}. Build it with the sizes and the optimizer that were saved."
+                )
+        for name in names:
+            variables[name].assign(store[name])
 
     def _other_variables(self) -> dict[str, keras.Variable]:
         if not self.built:
@@ -266,7 +274,7 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
         The same structure, of `[..., output_dim]` tensors.
 
     Raises:
-        ValueError: if there are no ids.
+        ValueError: if there are no ids, or symbolic ones of a size unknown beyond the first dimension.
 
     Example:
     ```python
@@ -278,6 +286,11 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     if not tensors:
         raise ValueError("`ids` must hold at least one tensor. Received: none. Pass the ids that are to be looked up.")
     shapes = [tuple(each.shape) for each in tensors]
+    if any(None in shape[1:] for shape in shapes):
+        raise ValueError(
+            "`ids` must have known sizes, but for the first dimension of symbolic ones. Received: "
+            f"shapes {shapes}. Give `keras.Input` the sizes, and fill short rows up with an id."
+        )
     # By row where that can be: a batch stays split over the devices as it was.
     by_row = all(shape and shape[0] == shapes[0][0] and 0 not in shape[1:] for shape in shapes)
     axis = 1 if by_row else 0

@@ -67,6 +67,8 @@ def make_row_sparse(variable: keras.Variable, *slots: keras.Variable) -> None:
     variable.__class__ = PaddedRowSparseVariable if is_padded else RowSparseVariable
     for each in (variable, *slots):
         each.overwrite_with_gradient = True
+        # Within a layer of mixed precision the next value would be rounded, and the table a new tensor in each lookup.
+        each._autocast = False
 
 
 def _trace() -> Any:

@@ -249,3 +249,43 @@ def mixed_sampling_probability(ids, in_batch_probability, num_candidates, num_in
             expected += num_negatives / num_drawn_from
         results.append(expected / (num_in_batch + num_negatives))
     return np.array(results)
+
+
+def row_optimizer_step(
+    kind,
+    table,
+    slots,
+    ids,
+    gradients,
+    *,
+    learning_rate,
+    step,
+    clipnorm=None,
+    epsilon=1e-7,
+    beta_1=0.9,
+    beta_2=0.999,
+):
+    """The table and its slots after a step; negative ids count from the end, one out of range stops the step."""
+    table, slots = np.array(table, np.float64), {name: np.array(slot, np.float64) for name, slot in slots.items()}
+    sums = {}
+    for row, gradient in zip(np.ravel(ids).tolist(), np.reshape(gradients, (-1, table.shape[1])), strict=True):
+        row += len(table) if row < 0 else 0
+        if not 0 <= row < len(table):
+            return table, slots
+        sums[row] = sums.get(row, 0.0) + np.asarray(gradient, np.float64)
+    for row, gradient in sums.items():
+        if clipnorm is not None:
+            gradient = gradient * min(1.0, clipnorm / max(np.linalg.norm(gradient), 1e-300))
+        change = learning_rate * gradient
+        if kind in ("adagrad", "rowwise_adagrad"):
+            squares = gradient**2
+            slots["accumulator"][row] += squares if kind == "adagrad" else squares.mean()
+            change = change / np.sqrt(slots["accumulator"][row] + epsilon)
+        if kind == "lazy_adam":
+            slots["momentum"][row] = beta_1 * slots["momentum"][row] + (1 - beta_1) * gradient
+            slots["velocity"][row] = beta_2 * slots["velocity"][row] + (1 - beta_2) * gradient**2
+            # As Keras writes it: epsilon joins the root before the bias is corrected.
+            rate = learning_rate * math.sqrt(1 - beta_2**step) / (1 - beta_1**step)
+            change = rate * slots["momentum"][row] / (np.sqrt(slots["velocity"][row]) + epsilon)
+        table[row] -= change
+    return table, slots

@@ -1,0 +1,269 @@
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import reference
+
+from keras_rs_contrib import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad, row_optimizers, row_update
+
+KINDS = {"sgd": RowSGD, "adagrad": RowAdagrad, "rowwise_adagrad": RowWiseAdagrad, "lazy_adam": LazyAdam}
+NUM_ROWS, DIMENSION = 11, 3
+# Unsorted, each with duplicates, rows of the step before and rows that are new; -1 and 10 are one row.
+STEPS = [
+    [[7, 2, 7], [0, 10, -1]],
+    [[2, 2, 2], [2, 2, 2]],
+    [[-11, 0, 5], [10, 7, 5]],
+    [[1, 9, 3], [-2, 7, 7]],
+]
+
+
+def step_of(optimizer, num_rows=NUM_ROWS):
+    """A compiled step of the gradients of each id, and what is looked up."""
+
+    def step(table, ids, gradients, learning_rate, number):
+        def loss(table):
+            rows = row_update.look_up(table, ids, num_rows, optimizer, learning_rate, number, None, lambda: None)
+            return jnp.sum(rows * gradients), rows
+
+        return jax.grad(loss, has_aux=True)(table)
+
+    return jax.jit(step)
+
+
+def new_table(optimizer, rng, num_rows=NUM_ROWS, dtype="float32"):
+    slots = {
+        name: jnp.full((num_rows, width), value, "float32")
+        for name, (width, value) in optimizer.slots(DIMENSION).items()
+    }
+    return row_update.Table(jnp.asarray(rng.normal(size=(num_rows, DIMENSION)), dtype), slots)
+
+
+def assert_close(table, expected, **tolerance):
+    np.testing.assert_allclose(np.asarray(table.embeddings, "float64"), expected[0], **tolerance)
+    assert table.slots.keys() == expected[1].keys()
+    for name, slot in table.slots.items():
+        np.testing.assert_allclose(slot, expected[1][name], **tolerance)
+
+
+@pytest.mark.parametrize("clipnorm", [None, 1.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_table_after_the_step(kind, clipnorm, rng):
+    optimizer = KINDS[kind](0.3, clipnorm=clipnorm)
+    step, table = step_of(optimizer), new_table(optimizer, rng)
+    expected = np.asarray(table.embeddings), table.slots
+    for number, ids in enumerate(STEPS, 1):
+        gradients = rng.normal(size=(2, 3, DIMENSION)).astype("float32")
+        learning_rate = 0.3 / number
+        looked_up = np.asarray(table.embeddings)[np.array(ids)]
+        table, rows = step(table, jnp.array(ids), gradients, learning_rate, float(number))
+        np.testing.assert_array_equal(rows, looked_up)
+        expected = reference.row_optimizer_step(
+            kind, *expected, ids, gradients, learning_rate=learning_rate, step=number, clipnorm=clipnorm
+        )
+        # Keras too has 1 - 0.999 in float32, of which five digits are right.
+        assert_close(table, expected, rtol=1e-4, atol=1e-5 if kind == "lazy_adam" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("adagrad", {"epsilon": 0.5}),
+        ("rowwise_adagrad", {"epsilon": 0.5}),
+        ("lazy_adam", {"epsilon": 0.5, "beta_1": 0.3, "beta_2": 0.6}),
+        ("lazy_adam", {"beta_1": 0.0, "beta_2": 0.0}),
+    ],
+)
+def test_the_settings_are_those_of_the_formula(kind, arguments, rng):
+    own = {} if kind == "lazy_adam" else {"initial_accumulator_value": 0.7}
+    optimizer = KINDS[kind](0.3, **arguments, **own)
+    step, table = step_of(optimizer), new_table(optimizer, rng)
+    if own:
+        np.testing.assert_array_equal(table.slots["accumulator"], np.float32(0.7))
+    expected = np.asarray(table.embeddings), table.slots
+    for number, ids in enumerate(STEPS, 1):
+        gradients = rng.normal(size=(2, 3, DIMENSION)).astype("float32")
+        table, _ = step(table, jnp.array(ids), gradients, 0.3, float(number))
+        expected = reference.row_optimizer_step(
+            kind, *expected, ids, gradients, learning_rate=0.3, step=number, **arguments
+        )
+    assert_close(table, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_id_without_a_row_is_nan_and_changes_nothing(kind, rng):
+    optimizer = KINDS[kind]()
+    step, table = step_of(optimizer), new_table(optimizer, rng)
+    for outside in (NUM_ROWS, -NUM_ROWS - 1, 2**31 - 1, -(2**31)):
+        after, rows = step(table, jnp.array([3, outside, 3]), np.ones((3, DIMENSION), "float32"), 0.1, 1.0)
+        np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False])
+        jax.tree.map(np.testing.assert_array_equal, after, table)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_outside_of_the_batch_stay_bit_for_bit(kind, rng):
+    optimizer = KINDS[kind]()
+    table = new_table(optimizer, rng)
+    after, _ = step_of(optimizer)(table, jnp.array([4, 4]), np.ones((2, DIMENSION), "float32"), 0.1, 1.0)
+    others = np.arange(NUM_ROWS) != 4
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), after, table)
+    assert not np.array_equal(after.embeddings[4], table.embeddings[4])
+
+
+def test_padding_has_no_ids(rng):
+    # Rows on the mesh beyond those of the table are out of range, and a negative id counts from the last row shown.
+    optimizer = RowSGD()
+    table = new_table(optimizer, rng)
+    rows = step_of(optimizer, num_rows=8)(table, jnp.array([8, 7, -1]), np.zeros((3, DIMENSION)), 0.1, 1.0)[1]
+    assert np.isnan(rows[0]).all()
+    np.testing.assert_array_equal(rows[2], table.embeddings[7])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_ids_of_any_integer_dtype(dtype, rng):
+    num_rows = 200
+    optimizer = RowSGD()
+    table = new_table(optimizer, rng, num_rows)
+    ids = jnp.array([3, np.iinfo(dtype).max, 3], dtype)
+    gradients = np.ones((3, DIMENSION), "float32")
+    after, rows = step_of(optimizer, num_rows)(table, ids, gradients, 1.0, 1.0)
+    expected = reference.row_optimizer_step(
+        "sgd", table.embeddings, {}, np.array(ids, "int64"), gradients, learning_rate=1.0, step=1
+    )
+    assert_close(after, expected, rtol=1e-6)
+    assert np.isnan(rows[1]).all() == (np.iinfo(dtype).max >= num_rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_ids_change_nothing(kind, rng):
+    optimizer = KINDS[kind]()
+    table = new_table(optimizer, rng)
+    after, rows = step_of(optimizer)(table, jnp.zeros((0, 2), "int32"), np.zeros((0, 2, DIMENSION)), 0.1, 1.0)
+    assert rows.shape == (0, 2, DIMENSION)
+    jax.tree.map(np.testing.assert_array_equal, after, table)
+
+
+def test_a_bfloat16_table_has_sums_and_slots_in_float32(rng):
+    # 256 gradients of 1 and 1 of 256: in bfloat16 their sum stops growing at 256.
+    optimizer = RowAdagrad(1.0)
+    table = new_table(optimizer, rng, dtype="bfloat16")
+    gradients = jnp.ones((512, DIMENSION), "bfloat16")
+    after, _ = step_of(optimizer)(table, jnp.full(512, 5), gradients, 1.0, 1.0)
+    assert after.embeddings.dtype == "bfloat16"
+    assert after.slots["accumulator"].dtype == "float32"
+    np.testing.assert_allclose(after.slots["accumulator"][5], 512.0**2 + 0.1)
+
+
+def test_clipping_bears_gradients_of_any_length():
+    optimizer = RowSGD(1.0, clipnorm=2.0)
+    gradients = np.array([[0, 0, 0], [3, 4, 0], [0, 1e-30, 0], [0, 2, 0], [1e18, 0, 0]], "float32")
+    expected = np.array([[0, 0, 0], [1.2, 1.6, 0], [0, 1e-30, 0], [0, 2, 0], [2, 0, 0]], "float32")
+    np.testing.assert_allclose(optimizer.clip(gradients), expected, rtol=1e-6)
+
+
+# What an optimizer is made of.
+
+
+def test_names_and_defaults_are_those_of_keras():
+    for name, kind in KINDS.items():
+        assert type(row_optimizers.get(name)) is kind
+    for ours, theirs in [
+        (RowSGD(), keras.optimizers.SGD()),
+        (RowAdagrad(), keras.optimizers.Adagrad()),
+        (RowWiseAdagrad(), keras.optimizers.Adagrad()),
+        (LazyAdam(), keras.optimizers.Adam()),
+    ]:
+        config = theirs.get_config()
+        for name, value in ours.get_config().items():
+            assert config[name] == pytest.approx(value), name
+
+
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        RowSGD(0.2, clipnorm=3.0),
+        RowAdagrad(0.2, initial_accumulator_value=0.0, epsilon=0.01),
+        RowWiseAdagrad(SCHEDULE, epsilon=0.01, clipnorm=1.0),
+        LazyAdam(SCHEDULE, beta_1=0.5, beta_2=0.6, epsilon=0.1),
+    ],
+)
+def test_it_is_what_its_config_says(optimizer):
+    copy = row_optimizers.get(keras.saving.serialize_keras_object(optimizer))
+    assert type(copy) is type(optimizer)
+    assert copy.get_config() == optimizer.get_config()
+    assert isinstance(copy.learning_rate, float) or copy.learning_rate(6) == pytest.approx(0.125)
+
+
+def test_the_settings_of_keras_optimizers_are_taken_over():
+    ours = row_optimizers.get(keras.optimizers.Adagrad(0.25, initial_accumulator_value=0.5, epsilon=0.01))
+    assert type(ours) is RowAdagrad
+    assert ours.get_config() == RowAdagrad(0.25, initial_accumulator_value=0.5, epsilon=0.01).get_config()
+    ours = row_optimizers.get(keras.optimizers.SGD(SCHEDULE))
+    assert type(ours) is RowSGD
+    assert ours.learning_rate(6) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("SGD", {"nesterov": True}),
+        ("SGD", {"weight_decay": 0.1}),
+        ("Adagrad", {"weight_decay": 0.1}),
+        ("Adagrad", {"clipnorm": 1.0}),
+        ("Adagrad", {"global_clipnorm": 1.0}),
+        ("SGD", {"clipvalue": 1.0}),
+        ("Adagrad", {"use_ema": True}),
+        ("SGD", {"loss_scale_factor": 8.0}),
+        ("Adagrad", {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_settings_that_rows_cannot_keep_are_refused(kind, arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"(?s)`{name}`.*Received: {name}=.*Row{kind}"):
+        row_optimizers.get(getattr(keras.optimizers, kind)(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "error", "message"),
+    [
+        ("adam", ValueError, "lazy_adam"),
+        ("Adagrad", ValueError, "must be one of"),
+        (keras.optimizers.Adam, TypeError, "LazyAdam"),
+        (RowSGD, TypeError, "must be a name"),
+        (None, TypeError, "NoneType"),
+        (0.1, TypeError, "float"),
+    ],
+)
+def test_what_is_no_row_optimizer_is_refused(optimizer, error, message):
+    with pytest.raises(error, match=message):
+        row_optimizers.get(optimizer)
+
+
+def test_a_keras_adam_is_refused_with_the_cure():
+    with pytest.raises(TypeError, match="LazyAdam"):
+        row_optimizers.get(keras.optimizers.Adam())
+    with pytest.raises(ValueError, match="LearningRateSchedule"):
+        row_optimizers.get(keras.optimizers.SGD(lambda: 0.1))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "clipnorm", "epsilon"])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be positive.*Received: {name}="):
+        RowAdagrad(**{name: value})
+
+
+def test_other_arguments_that_are_wrong():
+    with pytest.raises(TypeError, match="`learning_rate` must be a number"):
+        RowSGD("fast")
+    with pytest.raises(TypeError, match="`clipnorm` must be a number"):
+        RowSGD(clipnorm=True)
+    with pytest.raises(ValueError, match="at least 0"):
+        RowAdagrad(initial_accumulator_value=-0.1)
+    for name in ("beta_1", "beta_2"):
+        with pytest.raises(ValueError, match=rf"`{name}` must lie in \[0, 1\)"):
+            LazyAdam(**{name: 1.0})
