@@ -11,7 +11,7 @@ TFRS needs another Keras, and so an environment of its own
 (`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns;
 ratios are those of single turns: their median, and in parentheses their quartiles.
 
-Ten million rows, twice and with a slot each, take 10 GB here and as much again in TFRS; `--rows` asks for fewer.
+Ten million rows, twice and with a slot each, take 5 GB here and as much again in TFRS; `--rows` asks for fewer.
 """
 
 import os
@@ -38,7 +38,8 @@ flags.DEFINE_bool("quick", False, "A look at small sizes.")
 flags.DEFINE_list("rows", ["1000", "10000", "100000", "1000000", "10000000"], "Rows of each of the two tables.")
 flags.DEFINE_list("batch_sizes", ["1000", "4096", "16384", "65536"], "Sizes of the batches of the second table.")
 flags.DEFINE_integer("batch_size", 1000, "Size of the batches while tables grow.", lower_bound=1)
-flags.DEFINE_integer("dimension", 64, "Size of an embedding.", lower_bound=1)
+flags.DEFINE_integer("dimension", 32, "Size of an embedding while tables grow.", lower_bound=1)
+flags.DEFINE_integer("batch_dimension", 64, "Size of an embedding while batches grow.", lower_bound=1)
 flags.DEFINE_integer("dense_rows", 1_000_000, "Rows up to which dense Keras is timed.")
 flags.DEFINE_integer("materialised", 16384, "Size of a batch up to which all its logits are made at once.")
 flags.DEFINE_integer("turns", 9, "How often each is timed, at most.", lower_bound=3)
@@ -65,10 +66,10 @@ def batches(num_rows, batch_size, steps):
     return {"user": columns[0], "movie": columns[1], "rating": rng.random(batch_size * steps).astype("float32")}
 
 
-def model(embedding, num_rows, objective):
+def model(embedding, num_rows, dimension, objective):
     """Returns a compiled model of two towers."""
     label = "rating" if objective == "pointwise" else None
-    towers = [embedding(num_rows, FLAGS.dimension) for _ in range(2)]
+    towers = [embedding(num_rows, dimension) for _ in range(2)]
     result = TwoTowerModel(*towers, "user", "movie", label=label, corpus_metrics=[])
     result.compile(keras.optimizers.Adagrad(LEARNING_RATE))
     return result
@@ -113,14 +114,14 @@ def over_rows(peer, objective, sizes):
     table, medians = Table(), {}
     size = FLAGS.batch_size
     of_base = batches(sizes[0], size, STEPS)
-    base = Training(model(row_sparse, sizes[0], objective), of_base, size)
+    base = Training(model(row_sparse, sizes[0], FLAGS.dimension, objective), of_base, size)
     for num_rows in sizes:
-        ours = model(row_sparse, num_rows, objective)
+        ours = model(row_sparse, num_rows, FLAGS.dimension, objective)
         x = batches(num_rows, size, STEPS)
         functions = {"base": base, "same": Training(ours, of_base, size), "ours": Training(ours, x, size)}
         if num_rows <= FLAGS.dense_rows:
             steps = STEPS if num_rows < 100_000 else DENSE_STEPS
-            dense = model(keras.layers.Embedding, num_rows, objective)
+            dense = model(keras.layers.Embedding, num_rows, FLAGS.dimension, objective)
             functions["dense"] = Training(dense, {name: x[name][: steps * size] for name in x}, size)
         if peer is not None:
             functions["TFRS"] = functools.partial(
@@ -158,7 +159,9 @@ def over_rows(peer, objective, sizes):
 def loss_and_gradients(task, batch_size):
     """Returns a call of the compiled loss and its gradients, and how many bytes it needs beside its arguments."""
     rng = np.random.default_rng(0)
-    embeddings = [jax.device_put(rng.normal(size=(batch_size, FLAGS.dimension)).astype("float32")) for _ in range(2)]
+    embeddings = [
+        jax.device_put(rng.normal(size=(batch_size, FLAGS.batch_dimension)).astype("float32")) for _ in range(2)
+    ]
     compiled = jax.jit(jax.value_and_grad(task, argnums=(0, 1))).lower(*embeddings).compile()
     return lambda: compiled(*embeddings), compiled.memory_analysis().temp_size_in_bytes
 
@@ -169,7 +172,7 @@ def over_batches(peer, sizes):
     num_rows = max(ROWS_OF_BATCHES, *sizes)
     # A loss of one's own gets all logits. This one is the default.
     own_loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    rows = model(row_sparse, num_rows, "softmax")
+    rows = model(row_sparse, num_rows, FLAGS.batch_dimension, "softmax")
     for batch_size in sizes:
         ours, ours_bytes = loss_and_gradients(DistributedTwoTowerTask(temperature=10.0), batch_size)
         steps = max(1, 20_000 // batch_size)
@@ -183,7 +186,7 @@ def over_batches(peer, sizes):
                     task="softmax",
                     num_rows=num_rows,
                     batch_size=batch_size,
-                    dimension=FLAGS.dimension,
+                    dimension=FLAGS.batch_dimension,
                     steps=steps,
                 )
         times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
@@ -262,7 +265,7 @@ def main(_):
     for objective in OBJECTIVES:
         print(f"\nTables that grow, batches of {FLAGS.batch_size:,}, {FLAGS.dimension} dimensions:\n")
         rows[objective] = over_rows(peer, objective, row_sizes)
-    print(f"\nBatches that grow, softmax over the batch, {FLAGS.dimension} dimensions:\n")
+    print(f"\nBatches that grow, softmax over the batch, {FLAGS.batch_dimension} dimensions:\n")
     batch_medians = over_batches(peer, batch_sizes)
     if peer is not None:
         peer.close()
