@@ -21,8 +21,8 @@ class RowSparseEmbedding(ShardedEmbedding):
     """`keras.layers.Embedding` that trains only the rows of the batch, by an optimizer of its own.
 
     A plain embedding has a gradient as large as the table, and its optimizer goes over all rows in each step. Here a
-    step reads and writes the rows that are in the batch, in place: it takes as long for a million rows as for a
-    thousand. The layer works within `fit` and with any Keras optimizer, which trains the other weights of the model and
+    step reads and writes the rows that are in the batch, in place: the same batch takes as long in a table of a million
+    rows as in one of a thousand. The layer works within `fit` and with any Keras optimizer, which trains the other weights of the model and
     leaves this layer's alone; so weight decay, clipping and the learning rate of `compile` are not those of the rows.
 
     What the optimizer keeps for each row are weights of the layer: they are saved and restored with it. They count as
@@ -30,8 +30,8 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     The table must be looked up once in each training step. Two lookups are an error: join them, by `lookup_together`.
     So is a gradient of the table that comes from elsewhere, or an optimizer that accumulates or scales gradients or
-    averages weights. `jax.grad`, taken by hand, gives the table after the step, and likewise the optimizer's weights:
-    assign them, and apply the gradients of the rest.
+    averages weights. `jax.grad`, taken by hand, gives the table after the step, and likewise what is kept for its rows
+    (0 where the table is not looked up): assign them, and apply the gradients of the rest.
 
     Out-of-range ids give NaN, as in a plain embedding; a batch with such an id changes no row.
 
@@ -109,17 +109,20 @@ class RowSparseEmbedding(ShardedEmbedding):
         }
         object.__setattr__(self, "_slots", slots)
         row_sparse_variable.make_row_sparse(self._embeddings, *slots.values())
-        self._iterations = self.add_weight(
-            shape=(), initializer="zeros", dtype="int32", trainable=False, name="iterations"
-        )
+        self._iterations = self._scalar("iterations", 0, "int32")
         if isinstance(self.optimizer.learning_rate, float):
-            self._learning_rate = self.add_weight(
-                shape=(),
-                initializer=keras.initializers.Constant(self.optimizer.learning_rate),
-                dtype="float32",
-                trainable=False,
-                autocast=False,
-                name="learning_rate",
+            self._learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
+
+    def _scalar(self, name: str, value: float, dtype: str) -> keras.Variable:
+        distribution = keras.distribution.distribution()
+        layout = None
+        if distribution is not None:
+            # A layout map that names all of the layer means its tables: a number has no axis to be split.
+            layout = keras.distribution.TensorLayout([], distribution.device_mesh)
+        initializer = keras.initializers.Constant(value)
+        with self._open_name_scope():
+            return keras.Variable(
+                initializer, shape=(), dtype=dtype, trainable=False, autocast=False, name=name, layout=layout
             )
 
     @property

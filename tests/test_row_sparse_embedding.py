@@ -42,6 +42,8 @@ MESHES = {
     "DataParallel(8), by axis": (lambda: data_parallel(8), "batch", 8),
     "ModelParallel(2x4), by axis": (lambda: model_parallel((2, 4), "none"), "model", 4),
     "ModelParallel(2x4), by a layout map of tables": (lambda: model_parallel((2, 4), ".*embeddings"), None, 4),
+    # Such a map also names the numbers that are no tables.
+    "ModelParallel(1x8), by a layout map of layers": (lambda: model_parallel((1, 8), ".*(user|movie).*"), None, 8),
 }
 
 
