@@ -22,8 +22,9 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     A plain embedding has a gradient as large as the table, and its optimizer goes over all rows in each step. Here a
     step reads and writes the rows that are in the batch, in place: the same batch takes as long in a table of a million
-    rows as in one of a thousand. The layer works within `fit` and with any Keras optimizer, which trains the other weights of the model and
-    leaves this layer's alone; so weight decay, clipping and the learning rate of `compile` are not those of the rows.
+    rows as in one of a thousand. The layer works within `fit` and with any Keras optimizer, which trains the other
+    weights of the model and leaves this layer's alone; so weight decay, clipping and the learning rate of `compile` are
+    not those of the rows.
 
     What the optimizer keeps for each row are weights of the layer: they are saved and restored with it. They count as
     trainable weights, since Keras's optimizers overwrite these, and no others, with what a step computes.
