@@ -189,7 +189,8 @@ def over_batches(peer, sizes):
                     dimension=FLAGS.batch_dimension,
                     steps=steps,
                 )
-        times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
+        # Without a peer there is nothing to be compared in many turns.
+        times = in_turns(functions, FLAGS.turns if batch_size <= FLAGS.materialised else 1, FLAGS.seconds)
         has_all = "all logits" in times
         row = {
             "batch": f"{batch_size:,}",
@@ -214,7 +215,7 @@ def plot(path, rows, batch_medians):
     """Draws how the time of a step grows with the table, and with the batch."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5.5), constrained_layout=True)
     styles = {
         "same": ("RowSparseEmbedding, same batches", "C3", "D"),
         "ours": ("RowSparseEmbedding", "C0", "o"),
@@ -225,7 +226,7 @@ def plot(path, rows, batch_medians):
         for name, (label, color, marker) in styles.items():
             if name in medians:
                 axis.plot(*zip(*medians[name].items(), strict=True), label=label, color=color, marker=marker)
-        axis.set(title=f"{objective}, batches of {FLAGS.batch_size:,}", xlabel="rows of each table")
+        axis.set(title=f"{objective.capitalize()}, batches of {FLAGS.batch_size:,}", xlabel="rows of each table")
     labels = {
         "ours": ("loss and gradients, streamed where it pays", "C0", "o"),
         "all logits": ("loss and gradients, all logits at once", "C1", "s"),
@@ -235,11 +236,12 @@ def plot(path, rows, batch_medians):
     for name, (label, color, marker) in labels.items():
         if name in batch_medians:
             axes[2].plot(*zip(*batch_medians[name].items(), strict=True), label=label, color=color, marker=marker)
-    axes[2].set(title="softmax over the batch", xlabel="batch size")
+    axes[2].set(title="Softmax over the batch", xlabel="batch size")
     for axis in axes:
         axis.set(xscale="log", yscale="log", ylabel="milliseconds a step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        # Below, where it hides no point.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     figure.savefig(path, dpi=120)
     print(f"Picture: {path}")
 
