@@ -166,14 +166,13 @@ def trained(distribution):
     return model, losses, model.evaluate(users, movies, batch_size=16, verbose=0)
 
 
-def test_any_number_of_devices_trains_the_same():
+def test_two_devices_train_as_one_does():
     """Together with a memory."""
     model, losses, evaluated = trained(None)
-    for num_devices in (1, 2, 8):
-        parallel, parallel_losses, parallel_evaluated = trained(data_parallel(num_devices))
-        np.testing.assert_allclose([*parallel_losses, parallel_evaluated], [*losses, evaluated], rtol=1e-5)
-        for value, expected in zip(parallel.variables, model.variables, strict=True):
-            np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=value.path)
+    parallel, parallel_losses, parallel_evaluated = trained(data_parallel(2))
+    np.testing.assert_allclose([*parallel_losses, parallel_evaluated], [*losses, evaluated], rtol=1e-5)
+    for value, expected in zip(parallel.variables, model.variables, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=value.path)
 
 
 def test_a_loaded_model_goes_on_identically(tmp_path):
