@@ -166,6 +166,7 @@ class RowSparseEmbedding(ShardedEmbedding):
             ops.cast(iterations + 1, "float32"),
             table_layout(self._embeddings),
             step.when_differentiated,
+            self._embeddings.note_update,
         )
         step.is_traced = True
         if step.is_differentiated:
@@ -264,7 +265,6 @@ class _Step:
                 "computed anew."
             )
         self.is_differentiated = True
-        self.embedding.embeddings.note_update()
 
 
 def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:

@@ -40,13 +40,13 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
     def assign(self, value: Any) -> Any:
         """Assigns a value; within a training step only one that a lookup of this step computed."""
         if in_stateless_scope():
-            # Where there was no lookup the gradient is 0, and would take the table's place.
+            # Where no lookup has a part in the loss the gradient is 0, and would take the table's place.
             if self.updated_in != _trace():
                 raise ValueError(
-                    "A training step must look up a `RowSparseEmbedding` that is trainable, and apply the gradients in "
-                    f"the same (compiled) function in which it takes them. Received: a new value for {self.path!r} "
-                    "from a step without a lookup of it. Set `trainable = False` where a model does not use it, and "
-                    "compile the model again."
+                    "The loss of a training step must depend on a lookup in each `RowSparseEmbedding` that is "
+                    "trainable, and gradients be applied in the same (compiled) function in which they are taken. "
+                    f"Received: a new value for {self.path!r} from a step in which the loss depends on no lookup of "
+                    "it. Set `trainable = False` where a model does not train it, and compile the model again."
                 )
             self.updated_in = None
         return super().assign(value)

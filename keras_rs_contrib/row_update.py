@@ -35,6 +35,7 @@ def look_up(
     step: Any,
     layout: TableLayout | None,
     when_differentiated: Callable[[], None],
+    when_updated: Callable[[], None],
 ) -> Any:
     """Returns the rows of `ids`; the gradient of the table, and of each slot, is its value after a step.
 
@@ -49,6 +50,8 @@ def look_up(
         step: float32 scalar, the number of the step, from 1 on.
         layout: how the table lies on the mesh, or `None` where it lies on one device.
         when_differentiated: called where JAX traces the lookup for its gradient.
+        when_updated: called where JAX traces the gradient itself, which it leaves out where the loss does not depend on
+            the lookup.
 
     Returns:
         `[..., output_dim]` of the table's dtype; NaN where an id has no row.
@@ -71,6 +74,7 @@ def look_up(
         return lookup(table, row_ids, learning_rate, step), (table, row_ids, learning_rate, step)
 
     def backward(residuals: Any, gradients: Any) -> tuple[Table, None, None, None]:
+        when_updated()
         table, row_ids, learning_rate, step = residuals
         # A batch with an id out of range is NaN, and so are all its gradients: they are not to reach the other rows.
         any_without = jnp.any(row_ids == table.embeddings.shape[0])

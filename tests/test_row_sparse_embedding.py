@@ -419,9 +419,12 @@ def test_a_second_lookup_in_a_functional_model_is_refused():
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_a_step_without_a_lookup_is_refused(run_eagerly):
-    message = r"(?s)must look up.*without a lookup.*trainable = False"
+def test_a_step_whose_loss_depends_on_no_lookup_is_refused(run_eagerly):
+    message = r"(?s)must depend on a lookup.*depends on no lookup.*trainable = False"
     assert_refused(Spoiled(lookup=False), message, run_eagerly=run_eagerly)
+    # Keras would take the gradient, which is 0, for the new table.
+    for in_vain in (lambda tower, x: ops.stop_gradient(tower(x)), lambda tower, x: ops.zeros_like(tower(x))):
+        assert_refused(Spoiled(in_vain, lookup=False), message, run_eagerly=run_eagerly)
     model = Spoiled(lookup=False)
     model.tower.trainable = False
     model.compile("sgd", "mse", run_eagerly=run_eagerly)
