@@ -263,6 +263,8 @@ def _with_batch(memory: dict[str, Any], batch: Candidates) -> dict[str, Any]:
         memory: the values of `STATE`.
         batch: `[batch]` candidates, of which those outside the mask are left out.
     """
+    if batch.candidate_embeddings.shape[0] == 0:
+        return memory
     capacity = memory["ids"].shape[0]
     valid = ops.cast(batch.candidate_mask, "int32")
     # Padding takes no place, for it would push real candidates out. Of a batch that is too large, the last rows stay.

@@ -29,9 +29,9 @@ class RowOptimizer:
 
     def __init__(self, learning_rate: LearningRate, clipnorm: float | None = None) -> None:
         if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-            learning_rate = _positive("learning_rate", learning_rate)
+            learning_rate = positive_number("learning_rate", learning_rate)
         self.learning_rate = learning_rate
-        self.clipnorm = None if clipnorm is None else _positive("clipnorm", clipnorm)
+        self.clipnorm = None if clipnorm is None else positive_number("clipnorm", clipnorm)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
         """Returns the width and the initial value of each table that is kept beside that of `output_dim`."""
@@ -120,7 +120,7 @@ class RowAdagrad(RowOptimizer):
     ) -> None:
         super().__init__(learning_rate, clipnorm)
         self.initial_accumulator_value = _not_negative("initial_accumulator_value", initial_accumulator_value)
-        self.epsilon = _positive("epsilon", epsilon)
+        self.epsilon = positive_number("epsilon", epsilon)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
         """Returns what is kept: see `RowOptimizer`."""
@@ -198,7 +198,7 @@ class LazyAdam(RowOptimizer):
         super().__init__(learning_rate, clipnorm)
         self.beta_1 = _below_one("beta_1", beta_1)
         self.beta_2 = _below_one("beta_2", beta_2)
-        self.epsilon = _positive("epsilon", epsilon)
+        self.epsilon = positive_number("epsilon", epsilon)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
         """Returns what is kept: see `RowOptimizer`."""
@@ -308,7 +308,8 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _positive(name: str, value: Any) -> float:
+def positive_number(name: str, value: Any) -> float:
+    """Returns `value` as a float, or raises where it is none (`TypeError`), or not positive (`ValueError`)."""
     number = _number(name, value)
     if not 0.0 < number < math.inf:
         raise ValueError(f"`{name}` must be positive and finite. Received: {name}={value!r}. Pass a small number.")

@@ -32,7 +32,8 @@ class RowSparseEmbedding(ShardedEmbedding):
     The table must be looked up once in each training step. Two lookups are an error: join them, by `lookup_together`.
     So is a gradient of the table that comes from elsewhere, or an optimizer that accumulates or scales gradients or
     averages weights. `jax.grad`, taken by hand, gives the table after the step, and likewise what is kept for its rows
-    (0 where the table is not looked up): assign them, and apply the gradients of the rest.
+    (0 where the loss does not depend on a lookup): assign them, and apply the gradients of the rest, or let an
+    optimizer do both. The number of steps is one of the non-trainable weights that a stateless call returns.
 
     Out-of-range ids give NaN, as in a plain embedding; a batch with such an id changes no row.
 
@@ -143,7 +144,7 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"{learning_rate!r} for {self.optimizer.learning_rate!r} of {self.name!r}. "
                 "Pass it to the row optimizer."
             )
-        self._learning_rate.assign(learning_rate)
+        self._learning_rate.assign(row_optimizers.positive_number("learning_rate", learning_rate))
 
     @property
     def iterations(self) -> Any:

@@ -184,6 +184,8 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             return self._pointwise_loss(query_embeddings, candidate_embeddings, labels, sample_weight, valid)
 
         probability = given["candidate_sampling_probability"]
+        if probability is not None and candidate_mask is not None:
+            probability = _zero_where_false(candidate_mask, probability)
         queries = Queries(
             losses.to_comparable(query_embeddings, self.similarity), sample_weight, given["score_mask"], valid
         )

@@ -261,3 +261,13 @@ def test_what_was_missing_before_is_refused():
     layer(np.ones((3, DIMENSION), "float32"), training=True)
     with pytest.raises(ValueError, match="after batches without"):
         layer(np.ones((3, DIMENSION), "float32"), candidate_ids=np.arange(3), training=True)
+
+
+def test_an_empty_batch_leaves_the_memory_as_it_is():
+    memory = CrossBatchMemory(3)
+    memory(np.ones((2, 4), "float32"), candidate_ids=np.array([5, 6]), training=True)
+    before = memory.get_weights()
+    candidates = memory(np.ones((0, 4), "float32"), candidate_ids=np.zeros(0, "int32"), training=True)
+    np.testing.assert_array_equal(np.sort(candidates.candidate_ids), [-1, 5, 6])
+    for weight, expected in zip(memory.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, expected)

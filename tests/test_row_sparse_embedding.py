@@ -431,6 +431,53 @@ def test_a_step_whose_loss_depends_on_no_lookup_is_refused(run_eagerly):
     model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda tower, dense, ids: dense(ops.ones((3, DIMENSION))),
+        lambda tower, dense, ids: jax.vmap(lambda each: dense(tower(each)))(ids[:, None]),
+    ],
+    ids=["no lookup", "vmap"],
+)
+def test_an_optimizer_called_by_hand_refuses_what_is_no_next_table(result):
+    tower, dense = RowSparseEmbedding(9, DIMENSION), keras.layers.Dense(1)
+    tower.build()
+    dense.build((None, DIMENSION))
+    variables = [*tower.trainable_variables, *dense.trainable_variables]
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(variables)
+    before = [variable.numpy() for variable in variables]
+
+    def loss(values):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return ops.mean(ops.square(result(tower, dense, jnp.arange(4))))
+
+    gradients = jax.grad(loss)([variable.value for variable in variables])
+    with pytest.raises(ValueError, match=r"depends on no lookup of it, or on one within `jax\.vmap`"):
+        optimizer.apply(gradients, variables)
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_what_is_kept_for_the_rows_of_a_frozen_table_stays():
+    tower = RowSparseEmbedding(9, DIMENSION)
+    model = keras.Sequential([keras.Input((), dtype="int32"), tower, keras.layers.Dense(1)])
+    tower.embeddings.trainable = False
+    before = tower.get_weights()
+    model.compile("adam", "mse")
+    model.fit(np.arange(9), np.ones((9, 1)), verbose=0)
+    for weight, expected in zip(tower.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+
+
+@pytest.mark.parametrize("learning_rate", [float("nan"), -1.0, 0.0])
+def test_a_learning_rate_that_is_assigned_must_be_positive(learning_rate):
+    tower = RowSparseEmbedding(9, DIMENSION)
+    tower.build()
+    with pytest.raises(ValueError, match="`learning_rate` must be positive"):
+        tower.learning_rate = learning_rate
+
+
 def test_a_gradient_through_the_table_is_refused():
     message = r"(?s)by lookups alone.*from a computation on the table itself.*stop_gradient"
     assert_refused(Spoiled(spoil_loss=lambda tower, x: ops.mean(ops.square(tower.embeddings))), message)

@@ -413,3 +413,18 @@ def test_ids_that_would_change_are_refused(rng, ids, error):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     with pytest.raises(error, match="candidate_ids"):
         DistributedTwoTowerTask(remove_accidental_hits=True)(queries, candidates, candidate_ids=ids)
+
+
+def test_the_probability_of_a_padded_row_gets_no_gradient(rng):
+    queries, candidates = rng.normal(size=(4, 3)).astype("float32"), rng.normal(size=(5, 3)).astype("float32")
+    probability = np.full(5, 0.1, "float32")
+    probability[4] = np.nan
+    mask = np.arange(5) < 4
+
+    def loss(probability):
+        task = DistributedTwoTowerTask()
+        return task(queries, candidates, candidate_sampling_probability=probability, candidate_mask=mask)
+
+    gradient = np.asarray(jax.grad(loss)(probability))
+    assert gradient[4] == 0
+    assert np.abs(gradient[:4]).min() > 0
