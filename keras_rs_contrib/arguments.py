@@ -20,3 +20,8 @@ def check_type(name: str, value: Any, kind: type, optional: bool = False) -> Non
     raise TypeError(
         f"`{name}` must be a `{kind.__name__}`. Received: {value!r} (of type {type(value).__name__}). Pass one."
     )
+
+
+def differ(first: int | None, second: int | None) -> bool:
+    """Returns whether two dimensions are known and not the same."""
+    return first is not None and second is not None and first != second

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import differ, positive_int
 from keras_rs_contrib.candidate_ids import NO_CANDIDATE, to_int32
 
 # The variables of a memory.
@@ -178,7 +178,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
         for name, received in shapes.items():
             if received is None:
                 continue
-            if len(received) != 1 or _differ(received[0], shape[0]):
+            if len(received) != 1 or differ(received[0], shape[0]):
                 raise ValueError(
                     f"`{name}` needs one value for each candidate. Received: "
                     f"shape {received} for {shape[0]} candidates. Include those of the extra negatives."
@@ -297,8 +297,3 @@ def _with_batch(memory: dict[str, Any], batch: Candidates) -> dict[str, Any]:
 
 def _shape(value: Any) -> tuple[int | None, ...] | None:
     return None if value is None else tuple(value.shape if hasattr(value, "shape") else np.shape(value))
-
-
-def _differ(first: int | None, second: int | None) -> bool:
-    """Returns whether two dimensions are known and not the same."""
-    return first is not None and second is not None and first != second

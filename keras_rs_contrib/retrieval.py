@@ -628,9 +628,9 @@ class ShardedBruteForceRetrieval(keras_rs.layers.BruteForceRetrieval):  # type: 
         table = self.candidate_embeddings
         # With LoRA enabled, the table is a sum that the tower computes: there is no variable to lay out.
         if self.mesh_axis is not None and isinstance(table, keras.Variable):
-            distribution.split_rows(table, self.mesh_axis)
-            if isinstance(self.candidate_tower, RowSparseEmbedding):
-                self.candidate_tower.split_slots(self.mesh_axis)
+            # Together with what a row-sparse table keeps for its rows.
+            for variable in (table, *getattr(table, "slots", ())):
+                distribution.split_rows(variable, self.mesh_axis)
 
     def _search(self) -> top_k.Search:
         table = self.candidate_embeddings

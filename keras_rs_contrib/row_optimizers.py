@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -227,24 +227,23 @@ NAMES: dict[str, type[RowSGD | RowAdagrad | LazyAdam]] = {
 }
 
 
-class _FromKeras:
-    """How Keras's dense optimizers are taken over: with these settings, and all others at these values."""
-
-    COPIED: ClassVar[dict[type, tuple[type[RowOptimizer], list[str]]]] = {
-        keras.optimizers.SGD: (RowSGD, []),
-        keras.optimizers.Adagrad: (RowAdagrad, ["initial_accumulator_value", "epsilon"]),
-    }
-    UNUSED: ClassVar[dict[str, Any]] = {
-        "momentum": 0.0,
-        "nesterov": False,
-        "weight_decay": None,
-        "clipnorm": None,
-        "global_clipnorm": None,
-        "clipvalue": None,
-        "use_ema": False,
-        "loss_scale_factor": None,
-        "gradient_accumulation_steps": None,
-    }
+# Keras's dense optimizers that are taken over, with these settings.
+COPIED_SETTINGS: dict[type, tuple[type[RowSGD | RowAdagrad], list[str]]] = {
+    keras.optimizers.SGD: (RowSGD, []),
+    keras.optimizers.Adagrad: (RowAdagrad, ["initial_accumulator_value", "epsilon"]),
+}
+# Their other settings must be these.
+UNUSED_SETTINGS: dict[str, Any] = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": None,
+    "clipnorm": None,
+    "global_clipnorm": None,
+    "clipvalue": None,
+    "use_ema": False,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
 
 
 def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimizer) -> RowOptimizer:
@@ -270,7 +269,7 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
                 '"lazy_adam" moves those of the batch.'
             )
         return NAMES[optimizer]()
-    if type(optimizer) in _FromKeras.COPIED:
+    if type(optimizer) in COPIED_SETTINGS:
         return _from_keras(optimizer)
     raise TypeError(
         f"`optimizer` must be a name, a row optimizer, or a `keras.optimizers.SGD` or `Adagrad`. Received: "
@@ -286,15 +285,15 @@ def _from_keras(optimizer: keras.optimizers.Optimizer) -> RowOptimizer:
             "The learning rate must be a number or a schedule. Received: "
             f"{learning_rate!r}. Make it a `keras.optimizers.schedules.LearningRateSchedule`."
         )
+    kind, copied = COPIED_SETTINGS[type(optimizer)]
     config = optimizer.get_config()
-    for name, unused in _FromKeras.UNUSED.items():
+    for name, unused in UNUSED_SETTINGS.items():
         if config.get(name, unused) != unused:
             raise ValueError(
                 f"Of {type(optimizer).__name__}, rows can do without `{name}` alone. "
                 f"Received: {name}={config[name]!r}. Leave it out; `clipnorm` by row is an argument of "
-                f"`{_FromKeras.COPIED[type(optimizer)][0].__name__}`."
+                f"`{kind.__name__}`."
             )
-    kind, copied = _FromKeras.COPIED[type(optimizer)]
     if isinstance(learning_rate, keras.Variable):
         learning_rate = float(config["learning_rate"])
     return kind(learning_rate, **{name: config[name] for name in copied})

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
-from keras_rs_contrib.distribution import axis_of_rows, split_rows, table_layout
+from keras_rs_contrib.distribution import axis_of_rows, table_layout
 from keras_rs_contrib.padded_variable import add_table
 from keras_rs_contrib.sharded_embedding import ShardedEmbedding
 
@@ -184,11 +184,6 @@ class RowSparseEmbedding(ShardedEmbedding):
             )
         object.__setattr__(self, "_looked_up", weakref.ref(table))
         self._iterations.assign_add(1)
-
-    def split_slots(self, mesh_axis: str) -> None:
-        """Splits what is kept for the rows as `distribution.split_rows` splits the table."""
-        for slot in self._slots.values():
-            split_rows(slot, mesh_axis)
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         """Raises `ValueError`, for LoRA adds a product as large as the table."""

@@ -12,6 +12,7 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rs_contrib import losses
+from keras_rs_contrib.arguments import differ
 from keras_rs_contrib.candidate_ids import check_candidate_ids
 from keras_rs_contrib.distribution import batch_split, num_replicas
 from keras_rs_contrib.in_batch_softmax import Candidates, InBatchSoftmax, Queries
@@ -259,7 +260,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
                 "`candidate_embeddings` `[num_candidates, embedding_dim]`. Received: shapes "
                 f"{query_shape} and {candidate_shape}. Flatten or expand the output of the towers to these ranks."
             )
-        if _differ(query_shape[-1], candidate_shape[-1]):
+        if differ(query_shape[-1], candidate_shape[-1]):
             raise ValueError(
                 "Both towers must give embeddings of the same dimension. Received: "
                 f"{query_shape[-1]} for the queries and {candidate_shape[-1]} for the candidates. "
@@ -283,7 +284,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
             if given[name] is None:
                 continue
             received = tuple(given[name].shape)
-            if len(received) != len(shape) or any(map(_differ, received, shape)):
+            if len(received) != len(shape) or any(map(differ, received, shape)):
                 raise ValueError(
                     f"`{name}` must have shape {shape} for {batch} queries and {num_candidates} candidates. "
                     f"Received: shape {received}. {_SHAPE_CURES[name]}"
@@ -318,7 +319,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
                 "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
                 f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
             )
-        if _differ(batch, num_candidates):
+        if differ(batch, num_candidates):
             raise ValueError(
                 "With `labels` each query scores its own candidate only. Received: "
                 f"{batch} queries and {num_candidates} candidates. Leave out the extra negatives, or the labels."
@@ -386,11 +387,6 @@ def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
             f"Received: num_hard_negatives={num_hard_negatives}. Use None to keep all negatives."
         )
     return int(num_hard_negatives)
-
-
-def _differ(first: int | None, second: int | None) -> bool:
-    """Returns whether two dimensions are known and not the same."""
-    return first is not None and second is not None and first != second
 
 
 def _is_tensor(value: Any) -> bool:

@@ -15,7 +15,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import functools
-import pathlib
 
 import jax
 import keras
@@ -23,7 +22,7 @@ import keras_rs
 import numpy as np
 from absl import app, flags, logging
 from jax import numpy as jnp
-from timing import Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
+from timing import Table, in_turns, milliseconds, print_setting, ratio, tfrs_peer, timed
 
 from keras_rs_contrib import shard_candidates
 
@@ -88,12 +87,7 @@ def main(_):
     if FLAGS.quick:
         sizes, num_queries = [(10_000, 32)], 1_000
     print_setting()
-    peer = None
-    if FLAGS.tfrs_python is None:
-        print("No --tfrs_python: TFRS is left out.")
-    else:
-        peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-        print(f"In a process of its own: {peer.versions}")
+    peer = tfrs_peer(FLAGS.tfrs_python)
     table = Table()
     for num_candidates, dimension in sizes:
         table.print(benchmark(peer, num_candidates, dimension, num_queries))

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import platform
 import statistics
 import subprocess
@@ -176,3 +177,13 @@ class Peer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def tfrs_peer(python: str | None) -> Peer | None:
+    """Returns TFRS, run by an interpreter that has it, and prints its versions, or that it is left out."""
+    if python is None:
+        print("No --tfrs_python: TFRS is left out.")
+        return None
+    peer = Peer(python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
+    print(f"In a process of its own: {peer.versions}")
+    return peer

@@ -18,7 +18,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import functools
 import json
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import keras_rs
 import numpy as np
 from absl import app, flags, logging
 from keras import ops
-from timing import Memory, Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
+from timing import Memory, Table, in_turns, milliseconds, print_setting, ratio, tfrs_peer, timed
 
 from keras_rs_contrib import shard_candidates
 
@@ -137,12 +136,7 @@ def main(_):
     print_setting("faiss-cpu")
     if FLAGS.peers and faiss is None:
         print("Faiss is not installed: left out.")
-    if FLAGS.peers and FLAGS.tfrs_python is None:
-        print("No --tfrs_python: TFRS is left out.")
-    peer = None
-    if FLAGS.peers and FLAGS.tfrs_python is not None:
-        peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-        print(f"In a process of its own: {peer.versions}")
+    peer = tfrs_peer(FLAGS.tfrs_python) if FLAGS.peers else None
     results = Table()
     for num_candidates in sizes["num_candidates"]:
         for dimension in sizes["dimension"]:

@@ -21,7 +21,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import functools
 import gc
-import pathlib
 import statistics
 import time
 
@@ -29,7 +28,7 @@ import jax
 import keras
 import numpy as np
 from absl import app, flags, logging
-from timing import Memory, Peer, Table, in_turns, milliseconds, print_setting, ratio, timed
+from timing import Memory, Table, in_turns, milliseconds, print_setting, ratio, tfrs_peer, timed
 
 from keras_rs_contrib import DistributedTwoTowerTask, RowSparseEmbedding, TwoTowerModel
 
@@ -257,12 +256,7 @@ def main(_):
             "Ask for smaller batches, or more rows."
         )
     print_setting()
-    peer = None
-    if FLAGS.tfrs_python is None:
-        print("No --tfrs_python: TFRS is left out.")
-    else:
-        peer = Peer(FLAGS.tfrs_python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-        print(f"In a process of its own: {peer.versions}")
+    peer = tfrs_peer(FLAGS.tfrs_python)
     rows = {}
     for objective in OBJECTIVES:
         print(f"\nTables that grow, batches of {FLAGS.batch_size:,}, {FLAGS.dimension} dimensions:\n")
