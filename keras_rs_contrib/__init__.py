@@ -1,18 +1,20 @@
 """Two-tower retrieval for Keras Recommenders on JAX."""
 
 from keras_rs_contrib.batches import PaddedBatches, pad_batches
-from keras_rs_contrib.callbacks import EvaluateQueries, RefreshCandidates
-from keras_rs_contrib.candidate_ids import group_candidate_ids
-from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
+from keras_rs_contrib.ids import group_candidate_ids
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
+from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
-from keras_rs_contrib.mixed_negatives import MixedNegatives, mixed_sampling_probability
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, shard_candidates
-from keras_rs_contrib.row_optimizers import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad
-from keras_rs_contrib.row_sparse_embedding import RowSparseEmbedding, lookup_together
-from keras_rs_contrib.sampling import StreamingSamplingProbability
-from keras_rs_contrib.sharded_embedding import ShardedEmbedding
-from keras_rs_contrib.two_tower_model import Recommendations, TwoTowerModel
-from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.model.callbacks import EvaluateQueries, RefreshCandidates
+from keras_rs_contrib.model.two_tower_model import Recommendations, TwoTowerModel
+from keras_rs_contrib.negatives.memory import CrossBatchMemory
+from keras_rs_contrib.negatives.mixed import MixedNegatives, mixed_sampling_probability
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+from keras_rs_contrib.tables.lookup_together import lookup_together
+from keras_rs_contrib.tables.row_optimizers import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad
+from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
+from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
+from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 
 __all__ = [
     "CrossBatchMemory",

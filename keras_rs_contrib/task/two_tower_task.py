@@ -9,19 +9,20 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from keras_rs_contrib import losses
+from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import differ
-from keras_rs_contrib.candidate_ids import check_candidate_ids
 from keras_rs_contrib.distribution import batch_split, num_replicas
-from keras_rs_contrib.in_batch_softmax import Candidates, InBatchSoftmax, Queries
+from keras_rs_contrib.ids import IdArguments
+from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
+from keras_rs_contrib.task import losses
+from keras_rs_contrib.task.in_batch_softmax import BatchCandidates, BatchQueries, InBatchSoftmax
 
 NEGATIVES = ("global", "local")
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
+class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     """The retrieval task of a two-tower model: a drop-in counterpart of `tfrs.tasks.Retrieval`.
 
     The layer owns no towers and no weights. Row i of the query embeddings and row i of the candidate embeddings are a
@@ -90,7 +91,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
                 "Pass an instance, such as `keras.losses.CategoricalCrossentropy(from_logits=True)`."
             )
         self.loss = loss
-        self.similarity = losses.check_similarity(similarity)
+        self.similarity = check_similarity(similarity)
         self.temperature = _check_temperature(temperature)
         self.num_hard_negatives = _check_num_hard_negatives(num_hard_negatives)
         if not isinstance(remove_accidental_hits, (bool, np.bool_)):
@@ -108,14 +109,6 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         # Masks of the towers (`Embedding(mask_zero=True)`) end here, without a warning.
         self.supports_masking = True
         self.built = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss: see `call`."""
-        # Ahead of the conversion to tensors, which wraps ids beyond int32 in silence and stumbles over strings.
-        candidate_ids = args[CANDIDATE_IDS_PLACE] if len(args) > CANDIDATE_IDS_PLACE else kwargs.get("candidate_ids")
-        if not _is_tensor(candidate_ids):
-            check_candidate_ids(candidate_ids)
-        return super().__call__(*args, **kwargs)
 
     def call(
         self,
@@ -187,18 +180,18 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         probability = given["candidate_sampling_probability"]
         if probability is not None and candidate_mask is not None:
             probability = _zero_where_false(candidate_mask, probability)
-        queries = Queries(
-            losses.to_comparable(query_embeddings, self.similarity), sample_weight, given["score_mask"], valid
+        queries = BatchQueries(
+            to_comparable(query_embeddings, self.similarity), sample_weight, given["score_mask"], valid
         )
-        candidates = Candidates(
-            losses.to_comparable(candidate_embeddings, self.similarity),
+        candidates = BatchCandidates(
+            to_comparable(candidate_embeddings, self.similarity),
             None if probability is None else ops.cast(probability, "float32"),
             given["candidate_ids"],
             candidate_mask,
         )
         return self._in_batch_loss(queries, candidates)
 
-    def _in_batch_loss(self, queries: Queries, candidates: Candidates) -> Any:
+    def _in_batch_loss(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
         num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
         # Keras traces models with sizes that are no numbers, to learn shapes and dtypes alone.
         split = batch_split(num_queries) if isinstance(num_queries, int) else None
@@ -219,7 +212,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         return _reduced(self.loss, one_hot, logits, queries.sample_weight, queries.valid)
 
     def _pointwise_loss(self, queries: Any, candidates: Any, labels: Any, sample_weight: Any, valid: Any) -> Any:
-        scores = losses.pairwise_scores(queries, candidates, self.similarity)
+        scores = pairwise_scores(queries, candidates, self.similarity)
         if self.temperature is not None:
             scores = ops.divide(scores, self.temperature)
         if self.loss is None:
@@ -229,7 +222,7 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
     def _check_divides(self, num_queries: int | None) -> None:
         replicas = num_replicas()
         # Keras traces models with sizes that are made up, or no numbers.
-        if self.negatives == "global" or in_symbolic_scope() or num_queries is None or num_queries % replicas == 0:
+        if self.negatives == "global" or _keras.is_tracing_symbolically() or num_queries is None or num_queries % replicas == 0:
             return
         raise ValueError(
             'With `negatives="local"` the batch must divide over the replicas, each of which has a part of its own. '
@@ -347,6 +340,66 @@ class DistributedTwoTowerTask(keras.layers.Layer):  # type: ignore[misc]
         return cls(**config)
 
 
+_SHAPE_CURES[name]}"
+                )
+        if given["candidate_ids"] is not None:
+            dtype = keras.backend.standardize_dtype(given["candidate_ids"].dtype)
+            if "int" not in dtype:
+                raise TypeError(
+                    f"`candidate_ids` must be integers. Received: dtype {dtype}. "
+                    "Map ids to integers first, strings for instance by `keras.layers.StringLookup`."
+                )
+        if given["labels"] is None:
+            if self.remove_accidental_hits and given["candidate_ids"] is None:
+                raise ValueError(
+                    "`remove_accidental_hits=True` needs the ids of the candidates. Received: candidate_ids=None. "
+                    "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
+                )
+            return
+        about_negatives = [
+            name
+            for name in ("candidate_ids", "candidate_sampling_probability", "score_mask")
+            if given[name] is not None
+        ]
+        if self.num_hard_negatives is not None:
+            about_negatives.append("num_hard_negatives")
+        if self.remove_accidental_hits:
+            about_negatives.append("remove_accidental_hits")
+        if self.negatives == "local":
+            about_negatives.append("negatives")
+        if about_negatives:
+            raise ValueError(
+                "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
+                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+            )
+        if differ(batch, num_candidates):
+            raise ValueError(
+                "With `labels` each query scores its own candidate only. Received: "
+                f"{batch} queries and {num_candidates} candidates. Leave out the extra negatives, or the labels."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, serialized."""
+        config: dict[str, Any] = super().get_config()
+        config.update(
+            loss=None if self.loss is None else keras.losses.serialize(self.loss),
+            similarity=self.similarity,
+            temperature=self.temperature,
+            num_hard_negatives=self.num_hard_negatives,
+            remove_accidental_hits=self.remove_accidental_hits,
+            negatives=self.negatives,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistributedTwoTowerTask:
+        """Returns the task that `get_config` describes."""
+        config = dict(config)
+        if isinstance(config.get("loss"), dict):
+            config["loss"] = keras.losses.deserialize(config["loss"])
+        return cls(**config)
+
+
 # Of the arguments of `call`.
 CANDIDATE_IDS_PLACE = list(inspect.signature(DistributedTwoTowerTask.call).parameters).index("candidate_ids") - 1
 
@@ -387,10 +440,6 @@ def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
             f"Received: num_hard_negatives={num_hard_negatives}. Use None to keep all negatives."
         )
     return int(num_hard_negatives)
-
-
-def _is_tensor(value: Any) -> bool:
-    return value is None or keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor)
 
 
 def _to_tensor(name: str, value: Any) -> Any:

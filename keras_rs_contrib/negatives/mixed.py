@@ -9,11 +9,11 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import positive_int
-from keras_rs_contrib.candidate_ids import check_exclude_ids, to_int32
-from keras_rs_contrib.sampling import StreamingSamplingProbability
+from keras_rs_contrib.ids import IdArguments, check_exclude_ids
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
 
-class CandidateIds(NamedTuple):
+class MixedCandidates(NamedTuple):
     """What `MixedNegatives` returns: arguments of `DistributedTwoTowerTask`.
 
     Attributes:
@@ -58,7 +58,7 @@ def mixed_sampling_probability(
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
+class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     """Adds candidates drawn uniformly from the corpus to those of the batch, as further negatives.
 
     A batch holds popular candidates and few others: the long tail is hardly ever a negative, and what a tower says of
@@ -126,11 +126,7 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         self.supports_masking = True
         self.built = True
 
-    def __call__(self, candidate_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns what `call` does."""
-        return super().__call__(to_int32(candidate_ids, "candidate_ids"), *args, **kwargs)
-
-    def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> CandidateIds:
+    def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> MixedCandidates:
         """Returns the candidates that the queries of a batch are scored with.
 
         Args:
@@ -150,7 +146,7 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=training)
         return self._candidates(candidate_ids, in_batch, candidate_mask, self.draw() if training else None)
 
-    def with_drawn(self, candidate_ids: Any, drawn: Any, candidate_mask: Any = None) -> CandidateIds:
+    def with_drawn(self, candidate_ids: Any, drawn: Any, candidate_mask: Any = None) -> MixedCandidates:
         """Returns what `call` does in training, with negatives that `draw` has drawn before.
 
         For a model that looks all ids up before it knows the mask.
@@ -163,12 +159,12 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=True)
         return self._candidates(candidate_ids, in_batch, candidate_mask, drawn)
 
-    def _candidates(self, candidate_ids: Any, in_batch: Any, candidate_mask: Any, drawn: Any) -> CandidateIds:
+    def _candidates(self, candidate_ids: Any, in_batch: Any, candidate_mask: Any, drawn: Any) -> MixedCandidates:
         if candidate_mask is None:
             candidate_mask = ops.ones(ops.shape(candidate_ids), "bool")
         candidate_mask = ops.cast(candidate_mask, "bool")
         if drawn is None:
-            return CandidateIds(candidate_ids, in_batch, candidate_mask)
+            return MixedCandidates(candidate_ids, in_batch, candidate_mask)
         ids = ops.concatenate([candidate_ids, drawn])
         # Asked only now: the batch counts for these, too.
         in_batch = ops.concatenate([in_batch, self.sampling_probability(drawn, training=False)])
@@ -177,7 +173,7 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
             in_batch, self._uniform_probability(ids), num_in_batch, self.num_negatives
         )
         mask = ops.concatenate([candidate_mask, ops.ones((self.num_negatives,), "bool")])
-        return CandidateIds(ids, probability, mask)
+        return MixedCandidates(ids, probability, mask)
 
     def draw(self) -> Any:
         """Returns `[num_negatives]` int32 ids, drawn uniformly."""
@@ -200,9 +196,9 @@ class MixedNegatives(keras.layers.Layer):  # type: ignore[misc]
 
     def compute_output_spec(
         self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None
-    ) -> CandidateIds:
+    ) -> MixedCandidates:
         """Returns shapes and dtypes. The number of candidates depends on whether it is training, and is open."""
-        return CandidateIds(*(keras.KerasTensor((None,), dtype=dtype) for dtype in ("int32", "float32", "bool")))
+        return MixedCandidates(*(keras.KerasTensor((None,), dtype=dtype) for dtype in ("int32", "float32", "bool")))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """Returns `None`: the mask is one of the results."""

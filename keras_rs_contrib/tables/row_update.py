@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from keras_rs_contrib.distribution import TableLayout
-from keras_rs_contrib.row_optimizers import RowOptimizer
+from keras_rs_contrib.tables.layout import TableLayout
+from keras_rs_contrib.tables.row_optimizers import RowOptimizer
 
 
 class Table(NamedTuple):

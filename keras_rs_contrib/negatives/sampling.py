@@ -13,14 +13,14 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import positive_int
-from keras_rs_contrib.candidate_ids import to_int32
+from keras_rs_contrib.ids import IdArguments
 
 # The variables of an estimate.
 STATE = ("share", "share_error", "updated_at", "now", "total", "total_error")
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
+class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     """Estimates the sampling probability of each candidate from the stream of training batches.
 
     In-batch softmax draws its negatives by their frequency, and so holds popular candidates down, unless the logarithm
@@ -87,10 +87,6 @@ class StreamingSamplingProbability(keras.layers.Layer):  # type: ignore[misc]
 
     def _add_state(self, shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
         return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, trainable=False, name=name)
-
-    def __call__(self, candidate_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns what `call` does."""
-        return super().__call__(to_int32(candidate_ids, "candidate_ids"), *args, **kwargs)
 
     def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> Any:
         """Returns the probability of each candidate, in training with this batch in the estimate.

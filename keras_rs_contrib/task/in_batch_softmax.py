@@ -19,8 +19,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from keras import ops
 
-from keras_rs_contrib import losses, negatives
 from keras_rs_contrib.distribution import BatchSplit
+from keras_rs_contrib.scores import score_matrix
+from keras_rs_contrib.task import losses
+from keras_rs_contrib.task import logits as batch_logits
 
 # From how many logits a device on it is faster not to hold them all: found on CPUs, where 1,024 queries and candidates
 # cost the same either way, and 2,048 take three quarters of the time.
@@ -33,7 +35,7 @@ BLOCK_LOGITS = 2**21
 MIN_BLOCK_QUERIES = 8
 
 
-class Queries(NamedTuple):
+class BatchQueries(NamedTuple):
     """What is known of each query of a batch; `None` where it is not given.
 
     Attributes:
@@ -49,7 +51,7 @@ class Queries(NamedTuple):
     valid: Any = None
 
 
-class Candidates(NamedTuple):
+class BatchCandidates(NamedTuple):
     """What is known of each candidate of a batch; `None` where it is not given.
 
     Attributes:
@@ -97,7 +99,7 @@ class InBatchSoftmax:
             num_candidates -= num_queries - num_queries // num_parts
         return bool(num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS)
 
-    def logits(self, queries: Queries, candidates: Candidates) -> tuple[Any, Any]:
+    def logits(self, queries: BatchQueries, candidates: BatchCandidates) -> tuple[Any, Any]:
         """Returns the logits of a batch and the one-hot labels, all in memory.
 
         Returns:
@@ -108,7 +110,7 @@ class InBatchSoftmax:
             return self._logits(queries, candidates)
         rows = PartitionSpec(self.split.axis)
 
-        def on_replica(queries: Queries, own: Candidates, extra: Candidates) -> tuple[Any, Any]:
+        def on_replica(queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates) -> tuple[Any, Any]:
             return self._logits(*self._own_part(queries, own, extra))
 
         return tuple(
@@ -117,7 +119,7 @@ class InBatchSoftmax:
             )(queries, *_own_and_extra(queries, candidates))
         )
 
-    def total_loss(self, queries: Queries, candidates: Candidates) -> Any:
+    def total_loss(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
         """Returns the sum of the valid rows' weighted cross-entropies, holding `block_logits` logits at once.
 
         The JAX backend alone has it.
@@ -130,27 +132,27 @@ class InBatchSoftmax:
         parts = _own_and_extra(queries, candidates) if is_split else (candidates,)
         return _compiled_total_loss(self, queries, parts)
 
-    def _logits(self, queries: Queries, candidates: Candidates, first_query: Any = 0) -> tuple[Any, Any]:
+    def _logits(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any = 0) -> tuple[Any, Any]:
         """Returns logits and labels of the queries from `first_query` on; query i has candidate i as its positive."""
         # Both sides are comparable already: a block would normalise all candidates anew.
-        logits = losses.in_batch_scores(queries.embeddings, candidates.embeddings, "dot")
-        labels = negatives.positive_labels(logits, first_query)
+        logits = score_matrix(queries.embeddings, candidates.embeddings, "dot")
+        labels = batch_logits.positive_labels(logits, first_query)
         if self.temperature is not None:
             logits = ops.divide(logits, self.temperature)
         if candidates.sampling_probability is not None:
-            logits = negatives.subtract_log_probability(logits, candidates.sampling_probability)
+            logits = batch_logits.subtract_log_probability(logits, candidates.sampling_probability)
         if self.remove_accidental_hits:
-            hits = negatives.accidental_hits(labels, candidates.ids, first_query)
-            logits = negatives.mask_logits(logits, ops.logical_not(hits))
+            hits = batch_logits.accidental_hits(labels, candidates.ids, first_query)
+            logits = batch_logits.mask_logits(logits, ops.logical_not(hits))
         if queries.score_mask is not None:
-            logits = negatives.mask_logits(logits, ops.cast(queries.score_mask, "bool"))
+            logits = batch_logits.mask_logits(logits, ops.cast(queries.score_mask, "bool"))
         if candidates.mask is not None:
-            logits = negatives.mask_logits(logits, ops.expand_dims(candidates.mask, 0))
+            logits = batch_logits.mask_logits(logits, ops.expand_dims(candidates.mask, 0))
         if self.num_hard_negatives is not None:
-            logits, labels = negatives.hardest_negatives(logits, labels, self.num_hard_negatives)
+            logits, labels = batch_logits.hardest_negatives(logits, labels, self.num_hard_negatives)
         return logits, labels
 
-    def _own_part(self, queries: Queries, own: Candidates, extra: Candidates) -> tuple[Queries, Candidates]:
+    def _own_part(self, queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates) -> tuple[BatchQueries, BatchCandidates]:
         """Returns the batch of one replica, on which it is a column's number that says whose positive it is."""
         assert self.split is not None
         if queries.score_mask is not None:
@@ -161,12 +163,12 @@ class InBatchSoftmax:
             queries = queries._replace(score_mask=jnp.concatenate([columns, extra_columns], axis=1))
         return queries, jax.tree.map(lambda *parts: jnp.concatenate(parts), own, extra)
 
-    def _rows_loss(self, queries: Queries, candidates: Candidates, first_query: Any) -> Any:
+    def _rows_loss(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any) -> Any:
         logits, labels = self._logits(queries, candidates, first_query)
         values = losses.softmax_cross_entropy(labels, logits)
         return losses.sum_over_valid_rows(values, queries.sample_weight, queries.valid)
 
-    def _rows_loss_and_gradients(self, queries: Queries, candidates: Candidates, first_query: Any) -> Any:
+    def _rows_loss_and_gradients(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any) -> Any:
         def logits_of(query_embeddings: Any, candidate_embeddings: Any, sampling_probability: Any) -> Any:
             return self._logits(
                 queries._replace(embeddings=query_embeddings),
@@ -182,9 +184,9 @@ class InBatchSoftmax:
 
         result, (of_values, of_weight) = jax.value_and_grad(total, argnums=(0, 1))(values, queries.sample_weight)
         of_queries, *of_candidates = pull_back(of_logits * of_values[:, None])
-        return result, (Queries(of_queries, of_weight), Candidates(*of_candidates))
+        return result, (BatchQueries(of_queries, of_weight), BatchCandidates(*of_candidates))
 
-    def _in_blocks(self, queries: Queries, candidates: Candidates, first_query: Any, with_gradients: bool) -> Any:
+    def _in_blocks(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any, with_gradients: bool) -> Any:
         """Returns the total loss of the queries, block by block, and, where asked for, its gradients."""
         function = self._rows_loss_and_gradients if with_gradients else self._rows_loss
         num_queries = queries.embeddings.shape[0]
@@ -218,11 +220,11 @@ class InBatchSoftmax:
 
         zero: Any = jnp.zeros((), "float32")
         if with_gradients:
-            numbers = Queries(*queries[:2]), Candidates(*candidates[:2])
+            numbers = BatchQueries(*queries[:2]), BatchCandidates(*candidates[:2])
             zero = zero, jax.tree.map(jnp.zeros_like, numbers)
         return lax.scan(step, zero, jnp.arange(num_blocks))[0]
 
-    def _on_replicas(self, queries: Queries, parts: tuple[Candidates, ...], with_gradients: bool) -> Any:
+    def _on_replicas(self, queries: BatchQueries, parts: tuple[BatchCandidates, ...], with_gradients: bool) -> Any:
         """Returns the total loss, each replica computing that of its own queries, and, if asked for, its gradients.
 
         Args:
@@ -237,7 +239,7 @@ class InBatchSoftmax:
         axis, rows, whole = self.split.axis, PartitionSpec(self.split.axis), PartitionSpec()
         specs = (rows, whole) if self.is_local else (whole,)
 
-        def on_replica(queries: Queries, *parts: Candidates) -> Any:
+        def on_replica(queries: BatchQueries, *parts: BatchCandidates) -> Any:
             if self.is_local:
                 result = self._in_blocks(*self._own_part(queries, *parts), 0, with_gradients)
             else:
@@ -264,18 +266,18 @@ class InBatchSoftmax:
         )(queries, *parts)
 
 
-def _own_and_extra(queries: Queries, candidates: Candidates) -> tuple[Candidates, Candidates]:
+def _own_and_extra(queries: BatchQueries, candidates: BatchCandidates) -> tuple[BatchCandidates, BatchCandidates]:
     num_queries = queries.embeddings.shape[0]
     own = jax.tree.map(lambda array: array[:num_queries], candidates)
     return own, jax.tree.map(lambda array: array[num_queries:], candidates)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total_loss(softmax: InBatchSoftmax, queries: Queries, parts: tuple[Candidates, ...]) -> Any:
+def _total_loss(softmax: InBatchSoftmax, queries: BatchQueries, parts: tuple[BatchCandidates, ...]) -> Any:
     return softmax._on_replicas(queries, parts, with_gradients=False)
 
 
-def _forward(softmax: InBatchSoftmax, queries: Queries, parts: tuple[Candidates, ...]) -> tuple[Any, Any]:
+def _forward(softmax: InBatchSoftmax, queries: BatchQueries, parts: tuple[BatchCandidates, ...]) -> tuple[Any, Any]:
     # Of a scalar, so that what is left for the backward pass is one factor.
     result: tuple[Any, Any] = softmax._on_replicas(queries, parts, with_gradients=True)
     return result

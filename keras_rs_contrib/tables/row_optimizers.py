@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
+from keras_rs_contrib import _keras
+
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 
@@ -279,7 +281,7 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
 
 
 def _from_keras(optimizer: keras.optimizers.Optimizer) -> RowOptimizer:
-    learning_rate = optimizer._learning_rate
+    learning_rate = _keras.get_learning_rate(optimizer)
     if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule | keras.Variable):
         raise ValueError(
             "The learning rate must be a number or a schedule. Received: "

@@ -11,13 +11,13 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import differ, positive_int
-from keras_rs_contrib.candidate_ids import NO_CANDIDATE, to_int32
+from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments
 
 # The variables of a memory.
 STATE = ("embeddings", "ids", "probabilities", "place", "num_filled")
 
 
-class Candidates(NamedTuple):
+class MemoryCandidates(NamedTuple):
     """What `CrossBatchMemory` returns: arguments of `DistributedTwoTowerTask`.
 
     Attributes:
@@ -34,7 +34,7 @@ class Candidates(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
+class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     """Adds the candidates of the latest batches to those of this one, as further negatives.
 
     What a tower says of a candidate changes little from one step to the next, once it has settled. So the embeddings of
@@ -52,7 +52,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
     is then that of one larger batch. Probabilities of another scale, such as expected counts in a batch, would shift
     the two parts against one another as soon as batches differ in size.
 
-    Candidates recur in the memory as often as they were drawn. Give ids, and let the task remove accidental hits, or
+    MemoryCandidates recur in the memory as often as they were drawn. Give ids, and let the task remove accidental hits, or
     the positives of a batch will stand among its negatives.
 
     Args:
@@ -111,16 +111,13 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
     ) -> keras.Variable:
         return self.add_weight(shape=shape, initializer=initializer, dtype=dtype, trainable=False, name=name)
 
-    def __call__(self, candidate_embeddings: Any, candidate_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Returns what `call` does."""
-        if candidate_ids is not None:
-            candidate_ids = to_int32(candidate_ids, "candidate_ids")
-        # Ahead of `build`, which a wrong shape would otherwise decide for good.
-        bound = inspect.signature(self.call).bind(candidate_embeddings, candidate_ids, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Checks the shapes before `build` allocates the memory for them, and calls the layer."""
+        bound = inspect.signature(self.call).bind(*args, **kwargs)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name != "training"}
         self._check_shapes({name: _shape(value) for name, value in given.items()})
-        return super().__call__(candidate_embeddings, candidate_ids, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def call(
         self,
@@ -129,7 +126,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
         candidate_sampling_probability: Any = None,
         candidate_mask: Any = None,
         training: bool | None = None,
-    ) -> Candidates:
+    ) -> MemoryCandidates:
         """Returns the candidates that the queries of a batch are scored with.
 
         Args:
@@ -153,7 +150,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
         if candidate_mask is None:
             candidate_mask = ops.ones(ops.shape(candidate_embeddings)[:1], "bool")
         candidate_mask = ops.cast(candidate_mask, "bool")
-        batch = Candidates(candidate_embeddings, candidate_ids, candidate_sampling_probability, candidate_mask)
+        batch = MemoryCandidates(candidate_embeddings, candidate_ids, candidate_sampling_probability, candidate_mask)
         if not training:
             return batch
         self._check_given(batch)
@@ -184,7 +181,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
                     f"shape {received} for {shape[0]} candidates. Include those of the extra negatives."
                 )
 
-    def _check_given(self, batch: Candidates) -> None:
+    def _check_given(self, batch: MemoryCandidates) -> None:
         given = {name: getattr(batch, name) is not None for name in ("candidate_ids", "candidate_sampling_probability")}
         for name, is_given in given.items():
             if self._given is not None and is_given != self._given[name]:
@@ -202,14 +199,14 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
         candidate_sampling_probability: Any = None,
         candidate_mask: Any = None,
         training: bool | None = None,
-    ) -> Candidates:
+    ) -> MemoryCandidates:
         """Returns shapes and dtypes. The number of candidates depends on whether it is training, and is open."""
         if candidate_ids is None or candidate_sampling_probability is None:
             raise ValueError(
                 "In a functional model all results must be tensors. Received: candidate_ids or "
                 "candidate_sampling_probability of None. Give both, or call the layer in a model's `compute_loss`."
             )
-        return Candidates(
+        return MemoryCandidates(
             keras.KerasTensor((None, candidate_embeddings.shape[-1]), dtype=candidate_embeddings.dtype),
             keras.KerasTensor((None,), dtype="int32"),
             keras.KerasTensor((None,), dtype="float32"),
@@ -237,7 +234,7 @@ class CrossBatchMemory(keras.layers.Layer):  # type: ignore[misc]
             self._given = config["given"]
 
 
-def _with_memory(batch: Candidates, memory: dict[str, Any], is_used: Any) -> Candidates:
+def _with_memory(batch: MemoryCandidates, memory: dict[str, Any], is_used: Any) -> MemoryCandidates:
     """Returns the candidates of the batch and of the memory.
 
     Args:
@@ -248,7 +245,7 @@ def _with_memory(batch: Candidates, memory: dict[str, Any], is_used: Any) -> Can
     kept = ops.cast(ops.stop_gradient(memory["embeddings"]), batch.candidate_embeddings.dtype)
     is_filled = ops.less(ops.arange(memory["ids"].shape[0], dtype="int32"), memory["num_filled"])
     ids, probabilities = batch.candidate_ids, batch.candidate_sampling_probability
-    return Candidates(
+    return MemoryCandidates(
         ops.concatenate([batch.candidate_embeddings, kept]),
         None if ids is None else ops.concatenate([ids, memory["ids"]]),
         None if probabilities is None else ops.concatenate([probabilities, memory["probabilities"]]),
@@ -256,7 +253,7 @@ def _with_memory(batch: Candidates, memory: dict[str, Any], is_used: Any) -> Can
     )
 
 
-def _with_batch(memory: dict[str, Any], batch: Candidates) -> dict[str, Any]:
+def _with_batch(memory: dict[str, Any], batch: MemoryCandidates) -> dict[str, Any]:
     """Returns the memory with the batch's candidates in place of the oldest.
 
     Args:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_rs_contrib import row_optimizers, row_sparse_variable, row_update
-from keras_rs_contrib.distribution import axis_of_rows, table_layout
-from keras_rs_contrib.padded_variable import add_table
-from keras_rs_contrib.sharded_embedding import ShardedEmbedding
+from keras_rs_contrib.tables import row_optimizers, row_update
+from keras_rs_contrib.tables.layout import axis_of_rows, table_layout
+from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, add_table
+from keras_rs_contrib.tables.row_variable import RowSparseTable, RowSparseVariable, tie
+from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
@@ -70,6 +69,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         optimizer: Any = "adagrad",
         embeddings_initializer: Any = "uniform",
         mesh_axis: str | None = None,
+        row_multiple: int = DEFAULT_ROW_MULTIPLE,
         **kwargs: Any,
     ) -> None:
         if keras.backend.backend() != "jax":
@@ -78,53 +78,59 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
         _check_no_sweep(kwargs)
+        # Before the constructor of the base class, which builds the layer if it is given weights.
+        row_optimizer = row_optimizers.get(optimizer)
         weights = kwargs.pop("weights", None)
         super().__init__(
-            input_dim, output_dim, mesh_axis=mesh_axis, embeddings_initializer=embeddings_initializer, **kwargs
+            input_dim,
+            output_dim,
+            mesh_axis=mesh_axis,
+            row_multiple=row_multiple,
+            embeddings_initializer=embeddings_initializer,
+            **kwargs,
         )
-        self.optimizer = row_optimizers.get(optimizer)
-        # The tensor that was looked up last while JAX traced a training step, past Keras's tracking of attributes.
+        self.optimizer = row_optimizer
+        # The tensor that was looked up last while JAX traced a training step, hidden from Keras's attribute tracking.
         object.__setattr__(self, "_looked_up", None)
-        if weights is not None:
-            self.build()
-            self._embeddings.assign(weights[0] if isinstance(weights, list) else weights)
+        self._assign_weights(weights)
+
+    def _add_table(self, name: str, shape: tuple[int, int], **kwargs: Any) -> keras.Variable:
+        # Autocasting would round the next value, and make the table a new tensor in each lookup.
+        return super()._add_table(name, shape, **{"variable_class": RowSparseTable, **kwargs, "autocast": False})
 
     def build(self, input_shape: Any = None) -> None:
-        """Makes the table and what the optimizer keeps."""
+        """Creates the table and the slots of its optimizer."""
         if self.built:
             return
         super().build(input_shape)
-        # As the table lies, though a layout map may name the table alone. While Keras traces a model to build it, the
-        # table does not lie anywhere yet.
+        # The slots are laid out like the table, even if a layout map names the table alone.
         row_axis = axis_of_rows(self.mesh_axis, f"{self.path}/embeddings")
-        slots = {
-            name: add_table(
-                self.add_weight,
-                f"{self.path}/{name}",
+        self._slots = {
+            name: self._add_table(
+                name,
                 (self.input_dim, width),
-                keras.initializers.Constant(value),
-                row_axis,
+                initializer=keras.initializers.Constant(value),
+                mesh_axis=row_axis,
+                variable_class=RowSparseVariable,
                 dtype="float32",
-                name=name,
             )
             for name, (width, value) in self.optimizer.slots(self.output_dim).items()
         }
-        object.__setattr__(self, "_slots", slots)
-        row_sparse_variable.make_row_sparse(self._embeddings, *slots.values())
+        tie(self.embeddings, tuple(self._slots.values()))
         self._iterations = self._scalar("iterations", 0, "int32")
         if isinstance(self.optimizer.learning_rate, float):
             self._learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
 
     def _scalar(self, name: str, value: float, dtype: str) -> keras.Variable:
         distribution = keras.distribution.distribution()
-        layout = None
+        replicated = {}
         if distribution is not None:
-            # A layout map that names all of the layer means its tables: a number has no axis to be split.
-            layout = keras.distribution.TensorLayout([], distribution.device_mesh)
+            # A layout map that matches the whole layer means its tables: a scalar has no axis to split.
+            replicated["layout"] = keras.distribution.TensorLayout([], distribution.device_mesh).backend_layout
         initializer = keras.initializers.Constant(value)
-        with self._open_name_scope():
+        with keras.name_scope(self.name, caller=self):
             return keras.Variable(
-                initializer, shape=(), dtype=dtype, trainable=False, autocast=False, name=name, layout=layout
+                initializer, shape=(), dtype=dtype, trainable=False, autocast=False, name=name, **replicated
             )
 
     @property
@@ -155,7 +161,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
         if not keras.backend.is_int_dtype(inputs.dtype):
             inputs = ops.cast(inputs, "int32")
-        table = self._embeddings.value_for_lookup
+        table = self.embeddings.value_for_lookup
         step = _Step(self)
         iterations = ops.convert_to_tensor(self._iterations)
         outputs = row_update.look_up(
@@ -165,9 +171,9 @@ class RowSparseEmbedding(ShardedEmbedding):
             self.optimizer,
             ops.cast(self.learning_rate, "float32"),
             ops.cast(iterations + 1, "float32"),
-            table_layout(self._embeddings),
+            table_layout(self.embeddings),
             step.when_differentiated,
-            self._embeddings.note_update,
+            self.embeddings.update.note,
         )
         step.is_traced = True
         if step.is_differentiated:
@@ -199,11 +205,12 @@ class RowSparseEmbedding(ShardedEmbedding):
     def save_own_variables(self, store: Any) -> None:
         """Saves the table as a plain embedding does, and the other weights by name."""
         super().save_own_variables(store)
+        store = self._unpadded(store)
         for name, variable in self._other_variables().items():
             store[name] = variable
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the weights; of a plain embedding, which has a table alone, the others stay as they are."""
+        """Loads the weights. A plain embedding has saved its table alone; then the others stay as they are."""
         others = self._other_variables()
         names = set(store.keys())
         if names not in ({"0"}, {"0", *others}):
@@ -212,17 +219,19 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"{sorted(names)} for {self.name!r} with {type(self.optimizer).__name__}, which has "
                 f"{['0', *others]}. Build it with the optimizer that was saved."
             )
-        variables = {"0": self._embeddings, **others}
+        variables = {"0": self.embeddings, **others}
         for name in names:
             # A mean of squares has the name of the squares, and another shape.
-            if tuple(store[name].shape) != tuple(variables[name].shape):
+            expected = (self.input_dim, *variables[name].shape[1:]) if variables[name].shape else ()
+            if tuple(store[name].shape) != expected:
                 raise ValueError(
                     "The weights of a `RowSparseEmbedding` must have the shapes of its own. Received: shape "
-                    f"{tuple(store[name].shape)} for {variables[name].path!r}, whose shape is "
-                    f"{tuple(variables[name].shape)}. Build it with the sizes and the optimizer that were saved."
+                    f"{tuple(store[name].shape)} for {variables[name].path!r}, whose shape without padding is "
+                    f"{expected}. Build it with the sizes and the optimizer that were saved."
                 )
+        unpadded = self._unpadded(store)
         for name in names:
-            variables[name].assign(store[name])
+            variables[name].assign(unpadded[name])
 
     def _other_variables(self) -> dict[str, keras.Variable]:
         if not self.built:
@@ -235,6 +244,13 @@ class RowSparseEmbedding(ShardedEmbedding):
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         return {**super().get_config(), "optimizer": keras.saving.serialize_keras_object(self.optimizer)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RowSparseEmbedding:
+        """Returns the layer that `get_config` describes."""
+        # Unlike those of other tables, slots are weights of the layer, and so old files can get padding.
+        embedding: RowSparseEmbedding = super().from_config({"row_multiple": DEFAULT_ROW_MULTIPLE, **config})
+        return embedding
 
 
 class _Step:
@@ -261,49 +277,6 @@ class _Step:
                 "computed anew."
             )
         self.is_differentiated = True
-
-
-def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
-    """Returns the embeddings of several sets of ids, looked up at once.
-
-    Args:
-        tower: a layer that adds a last dimension to ids of any shape, such as a `RowSparseEmbedding`.
-        ids: a list, tuple or dict of int tensors, symbolic ones too where all have the same first dimension.
-
-    Returns:
-        The same structure, of `[..., output_dim]` tensors.
-
-    Raises:
-        ValueError: if there are no ids, or symbolic ones of a size unknown beyond the first dimension.
-
-    Example:
-    ```python
-    tower = RowSparseEmbedding(100, 8)
-    positives, negatives = lookup_together(tower, [np.array([3, 7]), np.array([[1, 2], [4, 5], [6, 9]])])
-    ```
-    """
-    tensors = [ops.convert_to_tensor(each) for each in keras.tree.flatten(ids)]
-    if not tensors:
-        raise ValueError("`ids` must hold at least one tensor. Received: none. Pass the ids that are to be looked up.")
-    shapes = [tuple(each.shape) for each in tensors]
-    if any(None in shape[1:] for shape in shapes):
-        raise ValueError(
-            "`ids` must have known sizes, but for the first dimension of symbolic ones. Received: "
-            f"shapes {shapes}. Give `keras.Input` the sizes, and fill short rows up with an id."
-        )
-    # By row where that can be: a batch stays split over the devices as it was.
-    by_row = all(shape and shape[0] == shapes[0][0] and 0 not in shape[1:] for shape in shapes)
-    axis = 1 if by_row else 0
-    widths = [math.prod(shape[axis:]) for shape in shapes]
-    rows = [(-1, width) if by_row else (width,) for width in widths]
-    together = [ops.reshape(each, row) for each, row in zip(tensors, rows, strict=True)]
-    embeddings = tower(ops.concatenate(together, axis=axis))
-    parts = ops.split(embeddings, np.cumsum(widths)[:-1].tolist(), axis=axis)
-    parts = [
-        ops.reshape(part, (*((-1,) if by_row else ()), *shape[axis:], embeddings.shape[-1]))
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
-    return keras.tree.pack_sequence_as(ids, parts)
 
 
 def _check_no_sweep(arguments: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -81,6 +84,34 @@ def to_int32(ids: Any, name: str) -> Any:
     if is_known and (keras.backend.backend() == "jax" or hasattr(ids, "numpy")):
         return check_candidate_ids(ids, name)
     return ops.cast(ids, "int32")
+
+
+class IdArguments(keras.layers.Layer):  # type: ignore[misc]
+    """Checks a layer's arguments that hold ids, before Keras converts them to int32.
+
+    Keras and JAX wrap wider integers silently, so that 2**32 + 5 becomes another candidate's id.
+
+    Attributes:
+        id_arguments: names of the arguments of `call` that hold ids.
+    """
+
+    id_arguments: tuple[str, ...] = ("candidate_ids", "exclude_ids")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer, with ids as int32."""
+        names = _argument_names(type(self))
+
+        def checked(name: str | None, value: Any) -> Any:
+            return to_int32(value, name) if name in self.id_arguments and value is not None else value
+
+        args = tuple(checked(name, value) for name, value in zip_longest(names[: len(args)], args))
+        return super().__call__(*args, **{name: checked(name, value) for name, value in kwargs.items()})
+
+
+@functools.cache
+def _argument_names(layer_class: type) -> list[str]:
+    """Returns the names of the arguments of a layer's `call`, in order."""
+    return list(inspect.signature(layer_class.call).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def check_corpus_ids(

@@ -1,0 +1,118 @@
+"""Every use of a private part of Keras, with its reason and the public API that would replace it.
+
+No other module imports `keras.src` or reads an attribute of a Keras object whose name starts with an underscore.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.trainers.data_adapters import GeneratorDataAdapter, get_data_adapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+# 1. `fit` turns arrays, datasets and generators into batches by these classes, and accepts an adapter in their place.
+#    Padding must happen between the two. Replacement: a public `keras.utils.DataAdapter`.
+__all__ = [
+    "DataAdapter",
+    "GeneratorDataAdapter",
+    "accepts_missing_targets",
+    "get_data_adapter",
+    "get_layout",
+    "get_learning_rate",
+    "has_value",
+    "is_loading",
+    "is_tracing_symbolically",
+    "set_layout",
+    "set_shape",
+    "sublayers",
+]
+
+
+def accepts_missing_targets() -> bool:
+    """Returns whether Keras distributes batches whose `y` is `None`. Releases before 3.15 fail."""
+    major, minor = keras.version().split(".")[:2]
+    return (int(major), int(minor)) >= (3, 15)
+
+
+def is_loading() -> bool:
+    """Returns whether Keras is loading a `.keras` file.
+
+    A file names the mesh axis that it was saved with, which the mesh in force may lack. That is an error for a user and
+    not for a file. Replacement: a public query, such as `keras.saving.is_loading()`.
+    """
+    # 2. Keras leaves no other trace of a file being loaded.
+    return global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None
+
+
+def is_tracing_symbolically() -> bool:
+    """Returns whether Keras is tracing a model for shapes and dtypes alone.
+
+    Keras then makes up batch sizes, which must not be checked against the number of devices. Replacement: a public
+    query, such as `keras.in_symbolic_scope()`.
+    """
+    # 3. The scope is set by Keras alone.
+    return bool(in_symbolic_scope())
+
+
+def get_layout(variable: keras.Variable) -> Any:
+    """Returns the JAX sharding of a variable, or `None`.
+
+    Within `fit`, variables have no value whose sharding could be read. Replacement: a public property
+    `keras.Variable.layout`.
+    """
+    # 4. Depending on the release of Keras, it holds a `TensorLayout` or its JAX sharding.
+    layout = getattr(variable, "_layout", None)
+    return layout.backend_layout if isinstance(layout, keras.distribution.TensorLayout) else layout
+
+
+def set_layout(variable: keras.Variable, sharding: Any) -> None:
+    """Moves a variable to a JAX sharding, with the optimizer slots that are created for it later.
+
+    A built `Embedding` that an index splits needs it. Replacement: a public setter of `keras.Variable.layout`.
+    """
+    # 4. The same attribute.
+    variable._layout = sharding
+    if has_value(variable):
+        variable.assign(variable.value)
+
+
+def set_shape(variable: keras.Variable, shape: tuple[int, ...]) -> None:
+    """Lets the next value that is assigned to a variable have another shape.
+
+    A corpus grows and shrinks. A new variable would need Keras to forget the old one, which is private as well.
+    Replacement: variables with `None` in their shape.
+    """
+    # 5. Keras compares each new value with this shape.
+    variable._shape = shape
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Returns whether a variable has a value.
+
+    It has none while Keras traces the model that creates it, and after a `fit` that failed before its first step, from
+    which the caller restores it. Replacement: a `fit` that restores weights when it fails.
+    """
+    # 6. `variable.value` raises, or computes initial values, instead of telling.
+    return variable._value is not None
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer and all layers within it.
+
+    Replacement: a public `layers` of every `keras.layers.Layer`, as models have.
+    """
+    # 7. Only models list their layers publicly.
+    return list(layer._flatten_layers())
+
+
+def get_learning_rate(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns the variable, the schedule or the function that an optimizer takes its learning rate from.
+
+    Replacement: a public property that returns the schedule.
+    """
+    # 8. `optimizer.learning_rate` computes the current value of a schedule, and its config does not load without
+    #    the schedule being registered.
+    return optimizer._learning_rate

@@ -1,0 +1,125 @@
+"""The corpus of a feature tower: its inputs, its embeddings, and whether the tower has changed since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+from keras import ops
+
+# Candidates that go through a feature tower at once: enough to keep it busy, with little memory beside its own.
+REFRESH_BLOCK_SIZE = 4096
+# A refresh of more blocks than this shows a progress bar.
+MANY_BLOCKS = 16
+# For each of the two checksums, the factor and the offset of the weights.
+CHECKSUM_WEIGHTS = ((2654435761, 1), (2246822519, 7))
+
+
+def num_rows(candidates: Any) -> int:
+    """Returns how many rows each of the arrays has.
+
+    Args:
+        candidates: an array or a nested structure of arrays.
+
+    Raises:
+        TypeError: if a leaf is not an array.
+        ValueError: if the arrays have no rows, or differ in length.
+    """
+    arrays = keras.tree.flatten(candidates)
+    if not all(hasattr(array, "shape") and len(array.shape) > 0 for array in arrays):
+        raise TypeError(
+            "`candidates` must be an array or a nested structure of arrays, with one row for each candidate. Received: "
+            f"{type(candidates).__name__}. Convert lists and datasets to arrays first."
+        )
+    lengths = sorted({int(array.shape[0]) for array in arrays})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(
+            "`candidates` must be arrays with one row for each candidate, and at least one. Received: "
+            f"arrays of lengths {lengths}. Pass the inputs of the whole corpus."
+        )
+    return lengths[0]
+
+
+def embed(tower: keras.layers.Layer, candidates: Any, verbose: int | str = "auto") -> np.ndarray[Any, Any]:
+    """Returns the tower's output for all candidates, computed in blocks.
+
+    Args:
+        tower: a candidate tower.
+        candidates: its inputs for the whole corpus.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if the corpus is large.
+
+    Returns:
+        `[num_candidates, embedding_dim]` float32.
+
+    Raises:
+        ValueError: if the output has another shape, or is not finite.
+    """
+    num_candidates = num_rows(candidates)
+    starts = range(0, num_candidates, REFRESH_BLOCK_SIZE)
+    if verbose == "auto":
+        verbose = int(len(starts) > MANY_BLOCKS)
+    progress = keras.utils.Progbar(num_candidates, verbose=verbose, unit_name="candidate")
+    blocks = []
+    for start in starts:
+        stop = min(start + REFRESH_BLOCK_SIZE, num_candidates)
+        block = keras.tree.map_structure(lambda array, rows=slice(start, stop): array[rows], candidates)
+        embeddings = ops.convert_to_numpy(tower(block, training=False)).astype("float32")
+        if embeddings.ndim != 2 or embeddings.shape[0] != stop - start:
+            raise ValueError(
+                "The candidate tower must map candidates to `[num_candidates, embedding_dim]`. Received: "
+                f"shape {embeddings.shape} for {stop - start} candidates. Flatten its output to one row each."
+            )
+        blocks.append(embeddings)
+        progress.update(stop)
+    return np.concatenate(blocks)
+
+
+def check_finite(embeddings: Any) -> None:
+    """Raises `ValueError` if `[num_candidates, embedding_dim]` embeddings are not finite."""
+    finite = np.isfinite(ops.convert_to_numpy(embeddings)).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            "The embeddings of candidates must be finite. Received: NaN or infinity for candidate "
+            f"{int(np.argmin(finite))}. Check the inputs of the tower: an id outside a table gives NaN."
+        )
+
+
+def checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Returns two numbers that change with any bit of the variables, and with the order of their elements.
+
+    Formula, modulo 2**32, over the variables: `c = 31 c + sum over i of bits[i] w[i]`, starting from 1, with odd weights
+    `w[i]`, so that no change of a single element is lost. Zeros at the end of a variable do not count: padding rows
+    change nothing.
+    """
+    if keras.backend.backend() == "jax":
+        return np.asarray(_jax_checksum([variable.value for variable in variables])).view("int32")
+    total = np.ones(2, "uint32")
+    for variable in variables:
+        bits = _bits(ops.convert_to_numpy(variable.value))
+        for i, (factor, offset) in enumerate(CHECKSUM_WEIGHTS):
+            weights = (np.arange(bits.size, dtype="uint32") * np.uint32(factor) + np.uint32(offset)) | np.uint32(1)
+            total[i] = total[i : i + 1] * np.uint32(31) + np.sum(bits * weights, dtype="uint32", keepdims=True)
+    return total.view("int32")
+
+
+def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    array = array.reshape(-1)
+    return (array if array.dtype == bool else array.view(f"uint{array.dtype.itemsize * 8}")).astype("uint32")
+
+
+@jax.jit
+def _jax_checksum(arrays: list[Any]) -> Any:
+    total = jnp.ones(2, jnp.uint32)
+    for array in arrays:
+        size = array.dtype.itemsize * 8
+        bits = lax.bitcast_convert_type(array, f"uint{size}") if array.dtype != bool else array
+        bits = bits.reshape(-1).astype(jnp.uint32)
+        places = lax.iota(jnp.uint32, bits.size)
+        for i, (factor, offset) in enumerate(CHECKSUM_WEIGHTS):
+            weights = (places * np.uint32(factor) + np.uint32(offset)) | np.uint32(1)
+            total = total.at[i].set(total[i] * np.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32))
+    return total

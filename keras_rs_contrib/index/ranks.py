@@ -1,0 +1,86 @@
+"""Exact ranks within a candidate table, whole or split over devices: pure functions of arrays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from keras_rs_contrib.index.exchange import Exchange, on_shards
+from keras_rs_contrib.index.score_blocks import Search, in_blocks, score_block, to_keys
+
+
+@functools.partial(jax.jit, static_argnames=("search",))
+def ranks(
+    query_embeddings: Any, table: Any, target_rows: Any, search: Search, exclude_rows: Any = None, excluded: Any = None
+) -> Any:
+    """Returns how many candidates rank before the target candidates of each query, in the order of `top_k`.
+
+    Formula: `rank = count(score[j] > score[target]) + count(score[j] = score[target] and j < target)`.
+
+    No top-k is computed. If the rows are split, two numbers for each target travel: its score, and the count.
+
+    Args:
+        query_embeddings: `[num_queries, embedding_dim]` float.
+        table: `[num_rows, embedding_dim]` float, laid out as `search.layout` says.
+        target_rows: `[num_queries]` or `[num_queries, n]` int32, the rows of the target candidates.
+        search: how to search.
+        exclude_rows: `[num_queries, m]` int32 rows that do not count for the query; those outside the table are
+            ignored. `None` for none.
+        excluded: `[num_rows]` bool, True for rows that do not count; or `None`.
+
+    Returns:
+        int32, shape of `target_rows`, 0 is best. For a query with NaN, `search.num_candidates`.
+    """
+
+    def ranks_of_shard(
+        exchange: Exchange, queries: Any, target_rows: Any, exclude_rows: Any, shard: Any, excluded: Any
+    ) -> Any:
+        queries, target_rows = exchange.all_queries(queries), exchange.all_queries(target_rows)
+        exclude_rows = exchange.all_queries(exclude_rows)
+        num_rows = shard.shape[0]
+        first_row = exchange.first_row(num_rows)
+        rows = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+        counts = rows < search.num_candidates - first_row
+        if excluded is not None:
+            counts &= ~excluded[:, None]
+
+        def count_in_block(block: Any, target_rows: Any, exclude_rows: Any) -> Any:
+            scores = score_block(block, shard, search)
+            columns = jnp.arange(block.shape[0], dtype=jnp.int32)
+            own_rows = target_rows - first_row
+            is_own = (own_rows >= 0) & (own_rows < num_rows)
+            own_scores = scores[jnp.clip(own_rows, 0, num_rows - 1), columns[:, None]]
+            target_keys = exchange.maximum(jnp.where(is_own, to_keys(own_scores), -jnp.inf))
+            keys = to_keys(scores)
+            if exclude_rows is not None:
+                # NaN is neither above the target's score nor equal to it, however often the row is named.
+                keys = keys.at[exclude_rows - first_row, columns[:, None]].set(
+                    jnp.nan, mode="drop", wrap_negative_indices=False
+                )
+
+            def count(target: tuple[Any, Any]) -> Any:
+                key, row = target
+                before = (keys > key) | ((keys == key) & (rows < row))
+                return jnp.sum(before & counts, axis=0, dtype=jnp.int32)
+
+            if target_rows.shape[1] == 1:
+                return count((target_keys[:, 0], own_rows[:, 0]))[:, None]
+            return lax.map(count, (target_keys.T, own_rows.T)).T
+
+        return exchange.total(in_blocks(count_in_block, num_rows, search, queries, target_rows, exclude_rows))
+
+    counts = on_shards(
+        ranks_of_shard,
+        search.layout,
+        ("queries", query_embeddings),
+        ("queries", target_rows.reshape(target_rows.shape[0], -1)),
+        ("queries", exclude_rows),
+        ("table", table),
+        ("table", excluded),
+    )
+    has_nan = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
+    return jnp.where(has_nan, search.num_candidates, counts).reshape(target_rows.shape)

@@ -1,0 +1,145 @@
+"""The scores of some queries with all rows of a table: pure functions of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.tables.layout import TableLayout
+
+# Scores in a block: 256 MiB.
+BLOCK_SIZE = 2**26
+# Queries in a block: enough for a matrix product at full speed, and 64 columns of scores fill whole vectors.
+QUERIES_IN_BLOCK = 64
+# Blocks of a small corpus have more queries: this many scores stay in the cache.
+CACHED_SCORES = 2**19
+# Rows that the product with a single query processes at once: XLA's 8, doubled for safety.
+KERNEL_ROWS = 16
+# Stands for a score of -inf or NaN wherever scores are ordered; -inf then stands for no candidate.
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How a table is searched; static, so that a function compiles once for each.
+
+    Attributes:
+        num_candidates: rows of the table that are candidates, the first ones; the others are padding.
+        similarity: `"dot"` or `"cosine"`.
+        block_size: the number of scores that a device computes at once.
+        recall_target: the expected share of the exact top-k to find on a TPU, in (0, 1]; `None`, and any other device,
+            finds all.
+        layout: the layout of the table on a mesh, or `None` on a single device.
+    """
+
+    num_candidates: int
+    similarity: str = "dot"
+    block_size: int = BLOCK_SIZE
+    recall_target: float | None = None
+    layout: TableLayout | None = None
+
+
+def to_keys(scores: Any, numpy: Any = jnp) -> Any:
+    """Returns keys that order scores: -inf and NaN become `LOWEST`, and -0.0 becomes 0.0.
+
+    XLA's top-k orders -0.0 below 0.0, although they are equal.
+    """
+    keys = numpy.where(scores > LOWEST, scores, LOWEST)
+    return numpy.where(keys == 0.0, 0.0, keys)
+
+
+def score_block(queries: Any, table: Any, search: Search) -> Any:
+    """Returns the `[num_rows, num_queries]` float32 scores of some queries.
+
+    Rows come first, so that the reductions over rows that follow run along whole vectors of queries.
+    """
+    queries = to_comparable(queries, search.similarity)
+
+    def product(rows: Any) -> Any:
+        return _product(to_comparable(rows, search.similarity), queries)
+
+    num_rows, dimension = table.shape
+    num_converted = max(1, search.block_size // dimension)
+    if (table.dtype == jnp.float32 and search.similarity == "dot") or num_rows <= num_converted:
+        return product(table)
+
+    # Converting the whole table at once would exceed the block. (XLA on CPU converts a bfloat16 table whole anyway.)
+    def convert_and_score(i: Any, result: Any) -> Any:
+        # The last part overlaps the one before, and writes the same scores.
+        start = jnp.minimum(i * num_converted, num_rows - num_converted)
+        part = product(lax.dynamic_slice_in_dim(table, start, num_converted))
+        return lax.dynamic_update_slice_in_dim(result, part, start, axis=0)
+
+    empty = jnp.zeros((num_rows, queries.shape[0]), jnp.float32)
+    return lax.fori_loop(0, -(-num_rows // num_converted), convert_and_score, empty)
+
+
+def without_padding(scores: Any, num_candidates: Any, num_padding_rows: int) -> Any:
+    """Returns scores with -inf in the padding rows, which then rank after every candidate.
+
+    Args:
+        scores: `[num_rows, num_queries]` float32.
+        num_candidates: the number of rows that are candidates, the first ones; may be traced, and exceed `num_rows`.
+        num_padding_rows: the largest number of padding rows.
+    """
+    num_rows, num_queries = scores.shape
+    size = min(num_padding_rows, num_rows)
+    if not size:
+        return scores
+    # In place: masking all scores would be another pass over them.
+    start = num_rows - size
+    rows = start + lax.broadcasted_iota(jnp.int32, (size, num_queries), 0)
+    last = jnp.where(rows < num_candidates, scores[start:], -jnp.inf)
+    return lax.dynamic_update_slice_in_dim(scores, last, start, axis=0)
+
+
+def in_blocks(function: Callable[..., Any], num_rows: int, search: Search, *arrays: Any) -> Any:
+    """Returns the result of `function` for all queries, called with one block of queries at a time.
+
+    Args:
+        function: takes some rows of each of the arrays, or `None` for one that is `None`; returns arrays with a row for
+            each query.
+        num_rows: the number of scores of a query.
+        search: names the size of a block.
+        *arrays: `[num_queries, ...]`, or `None`.
+    """
+    num_queries = arrays[0].shape[0]
+    most = max(1, min(max(QUERIES_IN_BLOCK, CACHED_SCORES // num_rows), search.block_size // num_rows))
+    num_blocks = max(1, -(-num_queries // most))
+    if num_blocks == 1:
+        return function(*arrays)
+    # Blocks of equal size need the least padding.
+    size = -(-num_queries // num_blocks)
+
+    def to_blocks(array: Any) -> Any:
+        padding = ((0, num_blocks * size - num_queries), *[(0, 0)] * (array.ndim - 1))
+        return jnp.pad(array, padding).reshape(num_blocks, size, *array.shape[1:])
+
+    result = lax.map(lambda block: function(*block), jax.tree.map(to_blocks, arrays))
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:num_queries], result)
+
+
+def _product(rows: Any, queries: Any) -> Any:
+    """Returns the inner product of every row with every query, equal for rows that are equal."""
+
+    def multiply(rows: Any) -> Any:
+        # The default precision of an accelerator may be lower than float32.
+        return lax.dot_general(rows, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    num_rows = rows.shape[0]
+    left = num_rows % KERNEL_ROWS
+    if queries.shape[0] > 1 or not left:
+        return multiply(rows)
+    # XLA's product with a single query on a CPU rounds the last rows, which do not fill its kernel, differently from
+    # all others. In a block that fills the kernel, they are rounded alike.
+    if num_rows < KERNEL_ROWS:
+        return multiply(jnp.pad(rows, ((0, KERNEL_ROWS - left), (0, 0))))[:num_rows]
+    start = num_rows - KERNEL_ROWS
+    return lax.dynamic_update_slice_in_dim(multiply(rows), multiply(rows[start:]), start, axis=0)

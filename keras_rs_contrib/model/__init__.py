@@ -1,0 +1,1 @@
+"""Two-tower models: `fit`, `evaluate`, `predict` and `recommend` on dicts of features."""

@@ -1,0 +1,1 @@
+"""Negatives beyond the batch, and the sampling probabilities of candidates."""

@@ -1,0 +1,1 @@
+"""Embedding tables: split over devices, and trained row by row."""

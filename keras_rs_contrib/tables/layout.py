@@ -1,0 +1,155 @@
+"""How the rows of a table are laid out over the devices of a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import warnings
+
+import keras
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from keras_rs_contrib import _keras
+
+
+@dataclasses.dataclass(frozen=True)
+class TableLayout:
+    """The mesh of a table, and the mesh axes that split queries and rows.
+
+    Attributes:
+        mesh: the devices.
+        batch_axis: the mesh axis over which queries are split.
+        row_axis: the mesh axis over which the table's rows are split, or `None` if each device holds all rows.
+    """
+
+    mesh: Mesh
+    batch_axis: str
+    row_axis: str | None
+
+    @property
+    def num_batch_shards(self) -> int:
+        """The number of devices over which queries are split."""
+        return int(self.mesh.shape[self.batch_axis])
+
+
+def table_layout(table: keras.Variable) -> TableLayout | None:
+    """Returns the layout of `table`, or `None` if it is on a single device.
+
+    Args:
+        table: `[num_rows, embedding_dim]` variable.
+
+    Raises:
+        ValueError: if the embedding dimension is split.
+    """
+    if keras.backend.backend() != "jax":
+        return None
+    sharding = _keras.get_layout(table)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)
+    spec = (*sharding.spec, None, None)
+    if spec[1] is not None or isinstance(spec[0], tuple):
+        raise ValueError(
+            "A candidate table may be split over its rows, by one mesh axis. Received: "
+            f"a table with layout {sharding.spec}. Change the layout of {table.path!r} to (axis, None)."
+        )
+    return TableLayout(mesh, _batch_axis(mesh), spec[0])
+
+
+def check_mesh_axis(mesh_axis: str | None) -> None:
+    """Raises `ValueError` if the mesh in force has no axis `mesh_axis`.
+
+    While Keras loads a file nothing is checked: the file names an axis of the mesh that it was saved on.
+    """
+    distribution = keras.distribution.distribution()
+    if mesh_axis is None or distribution is None or _keras.is_loading():
+        return
+    axis_names = list(distribution.device_mesh.axis_names)
+    if mesh_axis not in axis_names:
+        raise ValueError(
+            f"`mesh_axis` must be an axis of the mesh in force. Received: mesh_axis={mesh_axis!r} "
+            f"for a mesh with axes {axis_names}. Name one of them, or None to follow the table's own layout."
+        )
+
+
+def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
+    """Returns the axis of the mesh in force that splits the rows of a table, or `None` if nothing splits them.
+
+    Args:
+        mesh_axis: the axis that is asked for. A mesh without it, or `None`, leaves the choice to the layout map.
+        path: the path of the variable, which a layout map matches.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    if mesh_axis in distribution.device_mesh.axis_names:
+        return mesh_axis
+    if not isinstance(distribution, keras.distribution.ModelParallel):
+        return None
+    axis: str | None = distribution.get_variable_layout(types.SimpleNamespace(path=path, shape=(1, 1))).axes[0]
+    return axis
+
+
+def axis_size(axis: str | None) -> int:
+    """Returns the number of devices along an axis of the mesh in force, 1 for `None`."""
+    if axis is None:
+        return 1
+    mesh = keras.distribution.distribution().device_mesh
+    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True))[axis])
+
+
+def row_sharding(axis: str) -> NamedSharding:
+    """Returns the sharding that splits the rows of a table over an axis of the mesh in force."""
+    return NamedSharding(keras.distribution.distribution().device_mesh.backend_mesh, PartitionSpec(axis, None))
+
+
+def split_rows(table: keras.Variable, mesh_axis: str) -> None:
+    """Splits the rows of an existing table over an axis of the mesh in force, if the mesh has that axis.
+
+    While Keras loads a file, a table whose rows do not divide stays whole, with a warning: a file loads on any mesh.
+
+    Args:
+        table: `[num_rows, embedding_dim]` variable.
+        mesh_axis: the name of the axis.
+
+    Raises:
+        ValueError: if the rows do not divide over the axis.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or mesh_axis not in distribution.device_mesh.axis_names:
+        return
+    sharding = row_sharding(mesh_axis)
+    if _keras.get_layout(table) == sharding:
+        return
+    try:
+        check_rows_divide(table.shape[0], mesh_axis, table.path)
+    except ValueError as error:
+        if not _keras.is_loading():
+            raise
+        warnings.warn(f"Each device holds the whole table. {error}", stacklevel=2)
+        return
+    _keras.set_layout(table, sharding)
+
+
+def check_rows_divide(num_rows: int, axis: str | None, path: str) -> None:
+    """Raises `ValueError` if the rows of a plain table do not divide over an axis of the mesh in force.
+
+    Args:
+        num_rows: rows of the table.
+        axis: the mesh axis that splits them, or `None`.
+        path: the path of the variable.
+    """
+    if num_rows % axis_size(axis):
+        raise ValueError(
+            "The rows of a table must divide over the mesh axis that splits them. Received: "
+            f"{num_rows} rows of {path!r} for {axis_size(axis)} devices on mesh axis {axis!r}. "
+            "Make the tower a `keras_rs_contrib.ShardedEmbedding`, which pads its rows to a multiple of `row_multiple`."
+        )
+
+
+def _batch_axis(mesh: Mesh) -> str:
+    distribution = keras.distribution.distribution()
+    if distribution is not None and distribution.batch_dim_name in mesh.axis_names:
+        return str(distribution.batch_dim_name)
+    return str(mesh.axis_names[0])

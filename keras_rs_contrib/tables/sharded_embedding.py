@@ -1,0 +1,125 @@
+"""An embedding whose rows may be split over a mesh axis, whatever their number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, UnpaddedStore, add_table, pad_rows, padded_rows
+
+# Weights with one row for each id.
+TABLES = ("embeddings", "lora_embeddings_a")
+
+
+@keras.saving.register_keras_serializable(package="keras_rs_contrib")
+class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
+    """`keras.layers.Embedding` with rows split over one axis of the mesh in force.
+
+    JAX splits only what divides. The table therefore has padding rows: `ceil(input_dim / row_multiple) * row_multiple`
+    rows in all, the same on every mesh and on a single device, so that optimizer slots have one shape everywhere. Padding
+    rows are zeros that are never looked up, trained, retrieved or saved. A file loads on any mesh, optimizer state
+    included, and a plain `keras.layers.Embedding` can load it, and vice versa.
+
+    `embeddings.shape` and `get_weights()` include the padding rows. Slice operations on the whole table:
+    `embeddings[:input_dim]`.
+
+    Args:
+        input_dim: positive int, the number of ids.
+        output_dim: positive int, the size of an embedding.
+        mesh_axis: the axis of the mesh in force over which the rows are split. `None` follows the layout map of
+            `keras.distribution.ModelParallel`. The table stays whole without a distribution, and on a mesh without
+            that axis, as may happen when a model is loaded.
+        row_multiple: positive int; the number of devices along `mesh_axis` must divide it. The default is divisible by
+            1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. 1 pads nothing.
+        **kwargs: arguments of `keras.layers.Embedding`.
+
+    Raises:
+        ValueError: if an argument is out of range, or, when built, if the padded rows do not divide over the axis.
+
+    Example:
+    ```python
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    tower = ShardedEmbedding(1683, 32, mesh_axis="batch")
+    embeddings = tower(np.array([0, 1682]))
+    ```
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        mesh_axis: str | None = None,
+        row_multiple: int = DEFAULT_ROW_MULTIPLE,
+        **kwargs: Any,
+    ) -> None:
+        row_multiple = positive_int(row_multiple, "row_multiple")
+        weights = kwargs.pop("weights", None)
+        super().__init__(input_dim, output_dim, **kwargs)
+        self.mesh_axis = mesh_axis
+        self.row_multiple = row_multiple
+        self._assign_weights(weights)
+
+    def _assign_weights(self, weights: Any) -> None:
+        """Builds the layer with the values of its table, if there are any."""
+        if weights is None:
+            return
+        table = weights[0] if isinstance(weights, list) and len(weights) == 1 else weights
+        shape = (self.input_dim, self.output_dim)
+        if tuple(np.shape(table)) != shape:
+            raise ValueError(
+                f"`weights` must have shape {shape}, one row for each id. "
+                f"Received: shape {tuple(np.shape(table))}. Pass the table without padding rows."
+            )
+        self.build()
+        self.embeddings.assign(pad_rows(table, self.num_padded_rows))
+
+    @property
+    def num_padded_rows(self) -> int:
+        """The number of rows of the table, padding included."""
+        return padded_rows(self.input_dim, self.row_multiple)
+
+    def add_weight(self, *args: Any, shape: Any = None, name: str | None = None, **kwargs: Any) -> keras.Variable:
+        """Adds a weight, as in `keras.layers.Layer`, padded and laid out if it has one row for each id."""
+        if name not in TABLES:
+            return super().add_weight(*args, shape=shape, name=name, **kwargs)
+        return self._add_table(name, shape, **kwargs)
+
+    def _add_table(self, name: str, shape: tuple[int, int], **kwargs: Any) -> keras.Variable:
+        kwargs = {"row_multiple": self.row_multiple, "mesh_axis": self.mesh_axis, **kwargs}
+        return add_table(self, name, shape, **kwargs)
+
+    def call(self, inputs: Any) -> Any:
+        """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
+        if self.num_padded_rows != self.input_dim:
+            # As in a plain embedding, negative ids count from the last row, and ids out of range have no row.
+            inputs = ops.cast(inputs, "int32")
+            inputs = ops.where(ops.less(inputs, 0), ops.add(inputs, self.input_dim), inputs)
+            in_range = ops.logical_and(ops.greater_equal(inputs, 0), ops.less(inputs, self.input_dim))
+            inputs = ops.where(in_range, inputs, self.num_padded_rows)
+        return super().call(inputs)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the weights as a plain `keras.layers.Embedding` does, without padding rows."""
+        super().save_own_variables(self._unpadded(store))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the weights that a `ShardedEmbedding` or a plain `keras.layers.Embedding` has saved."""
+        super().load_own_variables(self._unpadded(store))
+
+    def _unpadded(self, store: Any) -> UnpaddedStore:
+        return UnpaddedStore(store, self.input_dim, self.num_padded_rows, self.name)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {**super().get_config(), "mesh_axis": self.mesh_axis, "row_multiple": self.row_multiple}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ShardedEmbedding:
+        """Returns the layer that `get_config` describes."""
+        # Files of version 0.1 name no multiple: their tables, and the optimizer slots beside them, have no padding.
+        embedding: ShardedEmbedding = super().from_config({"row_multiple": 1, **config})
+        return embedding
