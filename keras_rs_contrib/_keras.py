@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.trainers.data_adapters import GeneratorDataAdapter, get_data_adapter
@@ -18,7 +19,8 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 __all__ = [
     "DataAdapter",
     "GeneratorDataAdapter",
-    "accepts_missing_targets",
+    "LossPerExample",
+    "distributable_targets",
     "get_data_adapter",
     "get_layout",
     "get_learning_rate",
@@ -31,10 +33,11 @@ __all__ = [
 ]
 
 
-def accepts_missing_targets() -> bool:
-    """Returns whether Keras distributes batches whose `y` is `None`. Releases before 3.15 fail."""
+def distributable_targets(y: Any) -> Any:
+    """Returns the targets of a batch, in a form that Keras distributes: before 3.15 it fails on `None`."""
     major, minor = keras.version().split(".")[:2]
-    return (int(major), int(minor)) >= (3, 15)
+    # An empty structure has no array that Keras would look for.
+    return () if y is None and (int(major), int(minor)) < (3, 15) else y
 
 
 def is_loading() -> bool:
@@ -116,3 +119,25 @@ def get_learning_rate(optimizer: keras.optimizers.Optimizer) -> Any:
     # 8. `optimizer.learning_rate` computes the current value of a schedule, and its config does not load without
     #    the schedule being registered.
     return optimizer._learning_rate
+
+
+class LossPerExample(keras.Model):  # type: ignore[misc]
+    """A model whose epoch loss weighs each batch by the examples that are present in it.
+
+    Keras weighs the mean loss of a batch by its padded length. Replacement: a public hook that updates the loss metric.
+    """
+
+    # 9. As in Keras, but for the weight.
+    def _update_metrics_variables(
+        self, metrics_variables: Any, unscaled_loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any
+    ) -> tuple[dict[str, Any], list[Any]]:
+        mapping = list(zip(self.metrics_variables, metrics_variables, strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            if sample_weight is None:
+                num_examples = next(iter(keras.tree.flatten(x))).shape[0]
+            else:
+                num_examples = ops.sum(ops.cast(ops.not_equal(sample_weight, 0), "float32"))
+            self._loss_tracker.update_state(unscaled_loss, sample_weight=num_examples)
+            logs = self.compute_metrics(x, y, y_pred, sample_weight)
+        values = [scope.get_current_value(variable) for variable in self.metrics_variables]
+        return logs, [old if new is None else new for new, old in zip(values, metrics_variables, strict=True)]

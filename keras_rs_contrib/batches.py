@@ -1,49 +1,48 @@
-"""Batches that divide over the devices, whatever the data they are cut from."""
+"""Batches whose size divides over the devices, whatever the data they are cut from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
-from keras.src.trainers import data_adapters
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from keras_rs_contrib import distribution
+from keras_rs_contrib import _keras, distribution
 from keras_rs_contrib.arguments import positive_int
 
 
 def pad_batches(
     dataset: Any, multiple: int | None = None, *, batch_size: int | None = None, shuffle: bool = False
 ) -> PaddedBatches:
-    """Fills batches up with rows of weight 0, so that each divides over the devices.
+    """Pads batches with rows of weight 0, so that each divides over the devices.
 
-    Keras on JAX refuses other batches under a distribution. The result goes to `fit` and `evaluate` of any Keras model,
-    which see `(x, y, sample_weight)`. Added rows repeat the last row of their batch, so that they hold what the model
-    can take; those of a batch without any row are zeros. A loss or a metric leaves them out that honours
-    `sample_weight`, with the reduction `"mean_with_sample_weight"` of losses, and `weighted_metrics` of `compile`; for
-    in-batch negatives, `sample_weight != 0` is the task's `candidate_mask`. `predict` gives them predictions, to be
-    dropped where `sample_weight` is 0. `TwoTowerModel` does all this by itself. What mixes the rows of a batch in
-    training, such as batch normalization, sees the added rows.
+    Under a distribution, Keras on JAX rejects other batches. The result is data for `fit` and `evaluate` of any Keras
+    model, which get `(x, y, sample_weight)`. Padding rows repeat the last row of their batch, so that their values are
+    valid; in an empty batch they are zeros. Losses and metrics ignore them if they respect `sample_weight`: use the
+    reduction `"mean_with_sample_weight"` of losses, and `weighted_metrics` of `compile`; for in-batch negatives, pass
+    `sample_weight != 0` to the task as `candidate_mask`. `predict` returns predictions for padding rows too; drop those
+    whose `sample_weight` is 0. `TwoTowerModel` does all this by itself. Layers that mix the rows of a batch in
+    training, such as batch normalization, also see padding rows.
 
     Args:
-        dataset: batches, as a `tf.data.Dataset`, a `keras.utils.PyDataset`, or whatever else `fit` takes; or arrays to
-            be cut into batches: an array, a dict or nested structure of them, or a tuple `(x, y)` or
+        dataset: batches, as a `tf.data.Dataset`, a `keras.utils.PyDataset`, or anything else that `fit` takes; or
+            arrays to be cut into batches: an array, a dict or nested structure of arrays, or a tuple `(x, y)` or
             `(x, y, sample_weight)`. Each array has a row for each example.
-        multiple: positive int by which the sizes are to divide; `None` for the number of replicas of the distribution
-            that is in force when the batches are read.
-        batch_size: examples a batch, of arrays; 32 by default, as in `fit`.
-        shuffle: whether to shuffle arrays, and the batches of a `PyDataset`, anew for each epoch.
+        multiple: positive int that must divide the batch sizes; `None` for the number of replicas of the distribution
+            in force when the batches are read.
+        batch_size: number of examples in a batch, for arrays; 32 by default, as in `fit`.
+        shuffle: whether to shuffle arrays, and the batches of a `PyDataset`, in each epoch.
 
     Returns:
-        An iterable of tuples `(x, y, sample_weight)` of NumPy arrays. `y` is `None` where the data have none,
-        `sample_weight` 1 where they have none.
+        An iterable of tuples `(x, y, sample_weight)` of NumPy arrays. `y` is `None` if the data have no targets, and
+        `sample_weight` is 1 if they have no weights.
 
     Raises:
-        ValueError: if `multiple` is no positive int, the data is nothing that `fit` would take, or, on reading, arrays
-            of a batch differ in length, or there is no batch at all.
+        ValueError: if `multiple` is not a positive int, `fit` would not take the data, or, on reading, the arrays of a
+            batch differ in length, or there is no batch at all.
 
     Example:
     ```python
@@ -73,17 +72,17 @@ def padded_batches(
     shuffle: bool = False,
     class_weight: dict[int, float] | None = None,
 ) -> PaddedBatches:
-    """Returns the batches of what `fit` takes, filled up.
+    """Returns the padded batches of what `fit` takes.
 
     Args:
-        x: as of `fit`, as all that is not named here.
+        x: as in `fit`, like all arguments that are not described here.
         y: targets.
         sample_weight: weights.
-        multiple: as of `pad_batches`.
-        prepare: takes the number of a batch and its `x`, `y` and `sample_weight`, and returns them as they are to be
-            filled up, or raises.
-        batch_size: of arrays.
-        steps: batches to be read.
+        multiple: as in `pad_batches`.
+        prepare: takes the number of a batch and its `x`, `y` and `sample_weight`, and returns what is padded, or
+            raises.
+        batch_size: for arrays.
+        steps: number of batches to read.
         shuffle: whether to shuffle.
         class_weight: weight of each class.
     """
@@ -93,18 +92,18 @@ def padded_batches(
                 "Padded batches hold targets and weights. Received: `y` or `sample_weight` beside them. "
                 "Pass them to `pad_batches`, as `(x, y, sample_weight)`."
             )
-        return PaddedBatches(x.adapter, x.multiple, prepare, x.weighs_alone)
+        return PaddedBatches(x.adapter, x.multiple, prepare, x.has_weights_only)
     arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
     if not arrays:
         raise ValueError("A dataset needs at least one batch. Received: None. Pass arrays or a dataset.")
     are_arrays = all(hasattr(array, "shape") for array in arrays)
     if are_arrays:
         batch_length((x, y, sample_weight))
-    weighs_alone = are_arrays and y is None and sample_weight is not None
-    if weighs_alone:
-        # Keras drops weights without targets, in silence.
+    has_weights_only = are_arrays and y is None and sample_weight is not None
+    if has_weights_only:
+        # Keras silently drops weights that come without targets.
         x, sample_weight = (x, sample_weight), None
-    adapter = data_adapters.get_data_adapter(
+    adapter = _keras.get_data_adapter(
         x=x,
         y=y,
         sample_weight=sample_weight,
@@ -113,119 +112,119 @@ def padded_batches(
         shuffle=shuffle,
         class_weight=class_weight,
     )
-    return PaddedBatches(adapter, multiple, prepare, weighs_alone)
+    return PaddedBatches(adapter, multiple, prepare, has_weights_only)
 
 
-class PaddedBatches(DataAdapter):  # type: ignore[misc]
+class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     """What `pad_batches` returns: an iterable, and data for `fit`, `evaluate` and `predict`.
 
     Args:
         adapter: Keras's view of the data.
-        multiple: as of `pad_batches`.
-        prepare: as of `padded_batches`.
-        weighs_alone: whether `x` of the adapter is a pair of `x` and `sample_weight`.
+        multiple: as in `pad_batches`.
+        prepare: as in `padded_batches`.
+        has_weights_only: whether `x` of the adapter is a pair of `x` and `sample_weight`.
 
     Attributes:
-        sizes: how many rows each batch read since the last start has, before and after padding.
+        sizes: the number of rows, before and after padding, of each batch read since the last start.
     """
 
     _is_exhausted = False
 
     def __init__(
         self,
-        adapter: DataAdapter,
+        adapter: Any,
         multiple: int | None = None,
         prepare: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None,
-        weighs_alone: bool = False,
+        has_weights_only: bool = False,
     ) -> None:
         self.adapter = adapter
         self.multiple = multiple
         self.prepare = prepare
-        self.weighs_alone = weighs_alone
+        self.has_weights_only = has_weights_only
         self.sizes: list[tuple[int, int]] = []
 
     def with_multiple(self, multiple: int | None) -> PaddedBatches:
-        """Returns the same batches, filled up otherwise."""
-        return PaddedBatches(self.adapter, multiple, self.prepare, self.weighs_alone)
+        """Returns the same batches, padded to another multiple."""
+        return PaddedBatches(self.adapter, multiple, self.prepare, self.has_weights_only)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch."""
         if self._is_exhausted:
             raise ValueError(
-                "A generator can be read once. Received: one that has come to its end. "
-                "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which begin anew."
+                "A generator can be read once. Received: an exhausted one. "
+                "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which start again."
             )
         self.sizes = sizes = []
         for number, batch in enumerate(self.adapter.get_numpy_iterator()):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-            if self.weighs_alone:
+            if self.has_weights_only:
                 x, sample_weight = x
             if self.prepare is not None:
                 x, y, sample_weight = self.prepare(number, x, y, sample_weight)
             size = batch_length((x, y, sample_weight))
             sizes.append((size, padded_size(size, self.multiple)))
             yield pad(x, y, sample_weight, *sizes[-1])
-        # Keras would begin anew with the batches that it has looked at, and with them alone.
-        self._is_exhausted = isinstance(self.adapter, data_adapters.GeneratorDataAdapter)
+        # Keras would start again with the few batches that it has looked at, and end after them.
+        self._is_exhausted = isinstance(self.adapter, _keras.GeneratorDataAdapter)
         if not sizes:
             raise ValueError(
                 "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
             )
 
-    def is_padded(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Returns which of the first `num_rows` rows of the batches read last have been added."""
-        is_padded = [np.arange(new_size) >= size for size, new_size in self.sizes]
-        return np.concatenate(is_padded)[:num_rows]
+    def is_padding(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Returns which of the first `num_rows` rows of the batches read last are padding."""
+        is_padding = [np.arange(new_size) >= size for size, new_size in self.sizes]
+        return np.concatenate(is_padding)[:num_rows]
 
     def get_numpy_iterator(self) -> Iterator[tuple[Any, Any, Any]]:
         """Returns an iterator over one epoch."""
         return iter(self)
 
     def get_jax_iterator(self) -> Iterator[tuple[Any, Any, Any]]:
-        """Returns an iterator over one epoch."""
-        return iter(self)
+        """Returns an iterator over one epoch, whose batches Keras can distribute over devices."""
+        return ((x, _keras.distributable_targets(y), sample_weight) for x, y, sample_weight in self)
 
     @property
     def num_batches(self) -> int | None:
-        """How many batches an epoch has, or `None` where that is not known."""
+        """The number of batches in an epoch, or `None` if it is unknown."""
         num_batches: int | None = self.adapter.num_batches
         return num_batches
 
     @property
     def batch_size(self) -> int | None:
-        """Rows of a batch before padding, or `None` where that is not known."""
+        """The number of rows in a batch before padding, or `None` if it is unknown."""
         batch_size: int | None = self.adapter.batch_size
         return batch_size
 
     def on_epoch_begin(self) -> None:
-        """Passes on that an epoch begins."""
+        """Tells the data that an epoch begins."""
         self.adapter.on_epoch_begin()
 
     def on_epoch_end(self) -> None:
-        """Passes on that an epoch has ended."""
+        """Tells the data that an epoch has ended."""
         self.adapter.on_epoch_end()
 
 
 def padded_size(size: int, multiple: int | None = None) -> int:
-    """Returns how many rows a batch of `size` has when it is filled up, at least one.
+    """Returns `ceil(max(size, 1) / multiple) * multiple`, the number of rows of a padded batch.
 
     Args:
-        size: rows that there are.
-        multiple: by what the number is to divide, or `None` for the replicas of the distribution in force.
+        size: number of rows before padding.
+        multiple: what must divide the number, or `None` for the number of replicas of the distribution in force.
     """
     multiple = multiple or distribution.num_replicas()
     return -(-max(size, 1) // multiple) * multiple
 
 
 def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[Any, Any, Any]:
-    """Returns a batch with rows of weight 0 after its own.
+    """Returns a batch followed by rows of weight 0.
 
     Args:
         x: nested structure of `[size, ...]` arrays.
-        y: likewise, or `None`.
-        sample_weight: likewise, or `None` for 1.
-        size: rows that there are.
-        new_size: rows to make of them.
+        y: the same, or `None`.
+        sample_weight: the same, or `None` for 1.
+        size: number of rows of the batch.
+        new_size: number of rows with padding.
     """
     if sample_weight is None:
         sample_weight = np.ones(size, "float32")
@@ -246,17 +245,17 @@ def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[A
 
 
 def is_present(sample_weight: Any) -> Any:
-    """Returns which rows of a batch are there, `[batch]` bool, for a row of weight 0 is absent."""
+    """Returns which rows of a batch are present, `[batch]` bool: those whose weight is not 0."""
     return ops.not_equal(sample_weight, 0)
 
 
 def batch_length(batch: Any) -> int:
-    """Returns how many rows the arrays of a batch have, or raises `ValueError` where they differ."""
+    """Returns the number of rows of the arrays of a batch, or raises `ValueError` if they differ."""
     arrays = [array for array in keras.tree.flatten(batch) if array is not None]
     if any(len(array.shape) == 0 for array in arrays):
         raise ValueError(
             "The arrays of a batch must have a row for each example. Received: a single number. "
-            "Make batches of the dataset first: `dataset.batch(batch_size)`."
+            "Batch the dataset first: `dataset.batch(batch_size)`."
         )
     lengths = {int(array.shape[0]) for array in arrays}
     if len(lengths) != 1:
@@ -265,3 +264,34 @@ def batch_length(batch: Any) -> int:
             f"arrays of lengths {sorted(lengths)}. Cut them from the same examples."
         )
     return lengths.pop()
+
+
+def split_off_validation(data: Any, validation_split: float) -> tuple[Any, Any]:
+    """Returns the data without its last share, and that share, as `validation_split` of `fit` does.
+
+    Args:
+        data: nested structure of `[num_examples, ...]` arrays and `None`.
+        validation_split: the share of examples to split off, in (0, 1).
+
+    Raises:
+        ValueError: if the data are not arrays, or too few to be split.
+    """
+    arrays = [array for array in keras.tree.flatten(data) if array is not None]
+    other = next((array for array in arrays if not hasattr(array, "shape")), None)
+    if other is not None:
+        raise ValueError(
+            "`validation_split` needs arrays, which have an end to split off. Received: "
+            f"data of type {type(other).__name__}. Pass `validation_data` instead."
+        )
+    num_examples = batch_length(data)
+    split_at = math.floor(num_examples * (1.0 - validation_split))
+    if split_at in (0, num_examples):
+        raise ValueError(
+            "`validation_split` must leave examples on both sides. Received: "
+            f"validation_split={validation_split} of {num_examples} examples. Pass more data, or another share."
+        )
+
+    def part(rows: slice) -> Any:
+        return keras.tree.map_structure(lambda array: array if array is None else array[rows], data)
+
+    return part(slice(0, split_at)), part(slice(split_at, None))

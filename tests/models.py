@@ -4,7 +4,7 @@ import keras
 import keras_rs
 import numpy as np
 
-from keras_rs_contrib import DistributedTwoTowerTask, shard_candidates
+from keras_rs_contrib import DistributedTwoTowerTask, ShardedEmbedding, shard_candidates
 
 DIMENSION = 4
 
@@ -19,7 +19,7 @@ class RetrievalModel(keras.Model):
 
     def __init__(
         self, num_users, num_movies, tower_name="candidate_embedding", index_name="retrieval", k=5, mesh_axis=None,
-        **kwargs,
+        is_sharded=False, **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)
         self.arguments = {
@@ -29,9 +29,11 @@ class RetrievalModel(keras.Model):
             "index_name": index_name,
             "k": k,
             "mesh_axis": mesh_axis,
+            "is_sharded": is_sharded,
         }
+        tower_class = ShardedEmbedding if is_sharded else keras.layers.Embedding
         self.user_embedding = keras.layers.Embedding(num_users, DIMENSION, name="user")
-        setattr(self, tower_name, keras.layers.Embedding(num_movies, DIMENSION, name="movie"))
+        setattr(self, tower_name, tower_class(num_movies, DIMENSION, name="movie"))
         index = shard_candidates(brute_force(k), self.the_tower, exclude_ids=[0], mesh_axis=mesh_axis)
         setattr(self, index_name, index)
         self.task = DistributedTwoTowerTask()

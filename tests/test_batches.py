@@ -291,7 +291,7 @@ def test_validation_and_predictions(rng):
     batches = pad_batches((x, y), batch_size=10)
     found = model.predict(batches, verbose=0)
     counts = np.concatenate([sample_weight != 0 for _, _, sample_weight in batches])
-    assert_equal(counts, ~batches.is_padded(40))
+    assert_equal(counts, ~batches.is_padding(40))
     assert len(found["a"]) == len(counts) == 40
     np.testing.assert_allclose(found["a"][counts], expected["a"], rtol=1e-5, atol=1e-6)
     model.optimizer.learning_rate = 0.0

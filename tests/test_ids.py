@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import reference
 
-from keras_rs_contrib.candidate_ids import (
+from keras_rs_contrib.ids import (
     check_candidate_ids,
     check_corpus_ids,
     check_exclude_ids,

@@ -148,7 +148,9 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
     return lax.cond(  # type: ignore[no-any-return]
         jnp.isnan(sums).any(),
         lambda scores, maxima: lax.map(
-            lambda column: _one_level_top_k(to_keys(lax.dynamic_index_in_dim(scores, column, axis=1, keepdims=False)), k),
+            lambda column: _one_level_top_k(
+                to_keys(lax.dynamic_index_in_dim(scores, column, axis=1, keepdims=False)), k
+            ),
             jnp.arange(scores.shape[1]),
         ),
         lambda scores, maxima: _two_level_top_k(scores, maxima, k, group_size, to_keys),

@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
 
 
 class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
@@ -43,11 +43,11 @@ class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index: metrics are about the tower as it is now."""
-        self.index.refresh(verbose=self.verbose)
+        self.index.refresh_if_stale(self.verbose)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index, so that what is saved next is up to date."""
-        self.index.refresh(verbose=self.verbose)
+        self.index.refresh_if_stale(self.verbose)
 
 
 class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What the arguments of a two-tower model say together."""
+"""How the arguments of a two-tower model fit one another, and their defaults."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Iterable
 import keras
 import keras_rs
 
+from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type
-from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval, is_table
+from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
-from keras_rs_contrib.mixed_negatives import MixedNegatives
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval, is_table, shard_candidates
-from keras_rs_contrib.sampling import StreamingSamplingProbability
-from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.negatives.memory import CrossBatchMemory
+from keras_rs_contrib.negatives.mixed import MixedNegatives
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
+from keras_rs_contrib.tables.row_variable import check_optimizer
+from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 
 
 def check_task(task: DistributedTwoTowerTask) -> None:
@@ -65,6 +69,13 @@ def check_needs(
             f"The ids of candidates are needed. Received: `{needs[0]}`, and candidate_id=None. "
             "Name the feature that holds the ids in `candidate_id`."
         )
+
+
+def check_optimizer_of_tables(optimizer: keras.optimizers.Optimizer | None, model: keras.Model) -> None:
+    """Raises `ValueError` if an optimizer cannot train a model's row-sparse tables."""
+    for layer in _keras.sublayers(model):
+        if optimizer is not None and isinstance(layer, RowSparseEmbedding) and layer.trainable:
+            check_optimizer(optimizer, layer.name)
 
 
 def check_drawn_ids(

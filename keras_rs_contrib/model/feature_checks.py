@@ -1,4 +1,4 @@
-"""What is wrong with a batch of features, found on the host before the model sees it."""
+"""Errors in a batch of features, found on the host before the model uses it: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class AllowedIds:
     """The values that an id feature may have.
 
     Attributes:
-        num_rows: rows of the table that the feature is looked up in: values lie in [0, num_rows).
-        table: what the table is called in errors.
-        ids: the sorted values allowed, where they are not the rows of a table.
+        num_rows: number of rows of the table in which the feature is looked up: values are in [0, num_rows).
+        table: name of the table, for errors.
+        ids: the sorted values allowed, if they are not the rows of a table.
     """
 
     num_rows: int
@@ -24,11 +24,11 @@ class AllowedIds:
 
 
 def check_numbers(batch: int, features: dict[str, Any]) -> None:
-    """Raises `ValueError` where a feature is NaN or infinite.
+    """Raises `ValueError` if a feature is not finite.
 
     Args:
         batch: the number of the batch, for the error.
-        features: `[num_rows, ...]` arrays.
+        features: `[num_rows, ...]` arrays, by their description.
     """
     for name, values in features.items():
         values = np.asarray(values)
@@ -36,30 +36,34 @@ def check_numbers(batch: int, features: dict[str, Any]) -> None:
             place = tuple(np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
                 f"{name} must hold finite numbers. Received: {values[place]} in row {place[0]} of batch {batch}. "
-                "Fill in or leave out what is missing."
+                "Fill in missing values, or leave such rows out."
             )
 
 
-def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, AllowedIds]) -> None:
-    """Raises `ValueError` where an id is not allowed.
+def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, list[AllowedIds]]) -> None:
+    """Raises `ValueError` if an id is not allowed.
 
     Args:
         batch: the number of the batch, for the error.
         features: `[num_rows, ...]` arrays.
-        allowed: what some of them may be.
+        allowed: the values that some of them may have, in one or several tables.
     """
-    for name, ids in allowed.items():
+    for name, tables in allowed.items():
         values = np.asarray(features[name]) if name in features else np.empty(0)
         if values.size:
-            _check_ids(batch, name, values, ids)
+            for table in tables:
+                _check_ids(batch, name, values, table)
 
 
 def without_strings(features: dict[str, Any], needed: list[str]) -> dict[str, Any]:
-    """Returns the features that JAX can hold, or raises `ValueError` where one that is needed is not among them.
+    """Returns the features that JAX can hold.
 
     Args:
         features: arrays.
-        needed: names of those that the model uses.
+        needed: names of the features that the model uses.
+
+    Raises:
+        ValueError: if a feature that is needed holds strings or objects.
     """
     result = {}
     for name, values in features.items():
@@ -68,8 +72,8 @@ def without_strings(features: dict[str, Any], needed: list[str]) -> dict[str, An
             result[name] = values
         elif name in needed:
             raise ValueError(
-                f"The feature {name!r} must hold numbers, as all that JAX computes with. Received: dtype {dtype}. "
-                "Map it in the input pipeline, for instance by `keras.layers.StringLookup`."
+                f"The feature {name!r} must hold numbers, which JAX can compute with. Received: dtype {dtype}. "
+                "Map it in the input pipeline, for instance with `keras.layers.StringLookup`."
             )
     return result
 
@@ -85,7 +89,7 @@ def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: All
         wrong = allowed.ids[places] != values
         rule = f"one of the {len(allowed.ids)} ids of {allowed.table}"
     else:
-        # Two passes, which are faster than comparing each.
+        # Minimum and maximum are faster than comparing each value.
         is_whole = values.dtype.kind != "f" or bool((values == np.floor(values)).all())
         if is_whole and values.min() >= 0 and values.max() < allowed.num_rows:
             return

@@ -1,4 +1,4 @@
-"""Batches as a two-tower model takes them: checked, stripped of what JAX cannot hold, and filled up."""
+"""Batches as a two-tower model takes them: checked, without what JAX cannot hold, and padded."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import batches, feature_checks
-from keras_rs_contrib.feature_names import FeatureNames
-from keras_rs_contrib.lookups import TowerLookups
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
-from keras_rs_contrib.sampling import StreamingSamplingProbability
+from keras_rs_contrib import batches
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
+from keras_rs_contrib.model import feature_checks
+from keras_rs_contrib.model.feature_checks import AllowedIds
+from keras_rs_contrib.model.feature_names import FeatureNames
+from keras_rs_contrib.model.lookups import TowerLookups
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ModelInputs:
-    """What a model has to know about its batches, and what makes them of any data.
+    """What a model knows about its batches, and the way from any data to them.
 
     Attributes:
         names: the names of the features.
         lookups: what the towers look up.
         retrieval: the index, whose ids a batch may have, or `None`.
-        sampling_probability: likewise.
+        sampling_probability: the layer whose ids a batch may have, or `None`.
         check: whether to look for bad values.
     """
 
@@ -35,89 +37,104 @@ class ModelInputs:
     check: bool
 
     def to_arrays(self, x: Any, y: Any, queries_only: bool = False) -> Any:
-        """Returns features in the form in which Keras makes batches of them.
+        """Returns features in the form from which Keras makes batches.
 
         Args:
-            x: as of `fit`.
-            y: likewise.
-            queries_only: as of `FeatureNames.needed`.
+            x: as in `fit`.
+            y: as in `fit`.
+            queries_only: as in `FeatureNames.needed`.
         """
         if not isinstance(x, dict):
             return x
         x = {name: np.asarray(values) if isinstance(values, list) else values for name, values in x.items()}
-        # Keras stumbles over strings in arrays.
+        # Keras fails on strings in arrays.
         return feature_checks.without_strings(x, self.names.needed(queries_only, y))
 
     def batches(
-        self, x: Any, y: Any = None, sample_weight: Any = None, *, queries_only: bool = False, **how: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        queries_only: bool = False,
+        **how: Any,
     ) -> batches.PaddedBatches:
-        """Returns the batches of what `fit` takes.
+        """Returns the checked and padded batches of what `fit` takes.
 
         Args:
-            x: as of `fit`, as `y` and `sample_weight`.
-            y: likewise.
-            sample_weight: likewise.
-            queries_only: as of `FeatureNames.needed`.
-            **how: as of `padded_batches`.
+            x: as in `fit`.
+            y: as in `fit`.
+            sample_weight: as in `fit`.
+            queries_only: as in `FeatureNames.needed`.
+            **how: as in `padded_batches`.
         """
-        prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
         x = self.to_arrays(x, y, queries_only)
+        prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
+        if isinstance(x, dict):
+            prepare = functools.partial(prepare, has_strings=False)
         y, sample_weight = (np.asarray(each) if isinstance(each, list) else each for each in (y, sample_weight))
         return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
 
     def batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False
     ) -> tuple[Any, Any, Any]:
-        """Returns one batch, likewise."""
+        """Returns one batch, checked and padded. The arguments are those of `batches`."""
         x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), queries_only, 0, x, y, sample_weight)
         size = batches.batch_length((x, y, sample_weight))
         return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
 
-    def queries(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Returns the features of queries as arrays, not filled up."""
+    def queries(self, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Returns the checked features of queries as arrays, without padding, and the number of queries."""
         self.names.check(features, self.names.query)
         features = {name: np.asarray(values) for name, values in features.items()}
         features, _, _ = self._prepare({}, True, 0, features, None, None)
-        return features
+        return features, batches.batch_length(features)
 
     def _prepare(
         self,
-        corpus_ids: dict[str, feature_checks.AllowedIds],
+        corpus_ids: dict[str, list[AllowedIds]],
         queries_only: bool,
         number: int,
         x: Any,
         y: Any,
         sample_weight: Any,
+        has_strings: bool = True,
     ) -> tuple[Any, Any, Any]:
+        """Returns a batch with all that the model needs. The one place where batches are checked."""
         needed = self.names.needed(queries_only, y)
         self.names.check(x, needed)
         if queries_only:
             x = {name: x[name] for name in [*needed, self.names.exclude] if name in x}
         else:
             self.names.labels(x, y)
-        x = feature_checks.without_strings(x, needed)
-        batches.batch_length((x, y, sample_weight))
+        if has_strings:
+            x = feature_checks.without_strings(x, needed)
         if self.check:
+            # The checks speak of rows.
+            batches.batch_length((x, y, sample_weight))
             features = {name: x[name] for name in needed}
-            beside = {"`y`": y, "`sample_weight`": sample_weight}
-            named = {f"The feature {name!r}": values for name, values in features.items()}
-            named.update({name: values for name, values in beside.items() if values is not None})
-            feature_checks.check_numbers(number, named)
+            separate = {"`y`": y, "`sample_weight`": sample_weight}
+            described = {f"The feature {name!r}": values for name, values in features.items()}
+            described.update({name: values for name, values in separate.items() if values is not None})
+            feature_checks.check_numbers(number, described)
+            # The ids of the corpus first: a tower may look up fewer.
             feature_checks.check_ids(number, features, corpus_ids)
-            feature_checks.check_ids(number, features, self.lookups.find(features))
+            lookups = self.lookups.find(features)
+            feature_checks.check_ids(number, features, {name: [ids] for name, ids in lookups.items()})
         return x, y, sample_weight
 
-    def _corpus_ids(self, queries_only: bool) -> dict[str, feature_checks.AllowedIds]:
+    def _corpus_ids(self, queries_only: bool) -> dict[str, list[AllowedIds]]:
         """Returns which ids of candidates the index and the sampling probability know."""
         if queries_only or not self.check or self.names.candidate_id is None:
             return {}
         allowed = []
         if self.sampling_probability is not None:
-            allowed.append(feature_checks.AllowedIds(self.sampling_probability.num_candidates, "sampling_probability"))
+            allowed.append(AllowedIds(self.sampling_probability.num_candidates, "sampling_probability"))
         if self.retrieval is not None and self.retrieval.candidate_ids is not None:
             ids = np.sort(ops.convert_to_numpy(self.retrieval.candidate_ids))
-            allowed.append(feature_checks.AllowedIds(len(ids), "the index", ids))
+            allowed.append(AllowedIds(len(ids), "the index", ids))
         elif self.retrieval is not None and self.retrieval.num_candidates is not None:
-            allowed.append(feature_checks.AllowedIds(self.retrieval.num_candidates, "the index"))
-        # An index with ids of its own says the most, and otherwise the smaller table.
-        return {self.names.candidate_id: min(allowed, key=lambda a: (a.ids is None, a.num_rows))} if allowed else {}
+            allowed.append(AllowedIds(self.retrieval.num_candidates, "the index"))
+        # An index with its own ids says the most, then the smaller table.
+        strictest = sorted(allowed, key=lambda ids: (ids.ids is None, ids.num_rows))[:1]
+        return {self.names.candidate_id: strictest} if strictest else {}

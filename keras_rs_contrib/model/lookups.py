@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import keras
 
-from keras_rs_contrib.feature_checks import AllowedIds
-from keras_rs_contrib.feature_names import select
+from keras_rs_contrib import _keras
+from keras_rs_contrib.model.feature_checks import AllowedIds
+from keras_rs_contrib.model.feature_names import select
 
 
 class TowerLookups:
-    """The features that towers look up, found out once for each tower.
+    """The features that towers look up, determined once for each tower.
 
     Args:
         towers: layers or models, each with the names of its features.
@@ -31,7 +32,7 @@ class TowerLookups:
         self._known: dict[str, dict[str, AllowedIds]] = {}
 
     def find(self, features: dict[str, Any]) -> dict[str, AllowedIds]:
-        """Returns the rows of the tables, by the name of the feature, as far as batches have told.
+        """Returns the rows of the tables, by the name of the feature, as far as batches have shown.
 
         Args:
             features: a batch, as arrays; towers whose features it lacks are left for later.
@@ -39,8 +40,10 @@ class TowerLookups:
         for tower, names in self._towers:
             if tower.path in self._known or not all(name in features for name in names):
                 continue
-            if not all(layer.built for layer in tower._flatten_layers()):
-                self._build({name: keras.KerasTensor(array.shape, array.dtype) for name, array in features.items()})
+            if not all(layer.built for layer in _keras.sublayers(tower)):
+                # JAX warns of dtypes that it would truncate.
+                dtypes = {name: jax.dtypes.canonicalize_dtype(array.dtype) for name, array in features.items()}
+                self._build({name: keras.KerasTensor(features[name].shape, dtype) for name, dtype in dtypes.items()})
             self._known[tower.path] = looked_up_features(tower, {name: features[name] for name in names})
         return {name: ids for lookups in self._known.values() for name, ids in lookups.items()}
 
@@ -66,9 +69,9 @@ def noting_lookups(
 
         return call_and_note
 
-    embeddings = [layer for layer in tower._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
+    embeddings = [layer for layer in _keras.sublayers(tower) if isinstance(layer, keras.layers.Embedding)]
     for embedding in embeddings:
-        # Past Keras's tracking of attributes.
+        # Hidden from Keras's attribute tracking.
         object.__setattr__(embedding, "call", noting(embedding, embedding.call))
     try:
         yield
@@ -80,10 +83,10 @@ def noting_lookups(
 def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any]) -> dict[str, AllowedIds]:
     """Returns the features that go straight into an embedding of a tower, and the rows of the embedding.
 
-    Nothing is computed: the tower is traced, also while its variables have no value.
+    Nothing is computed: the tower is traced, even while its variables have no value.
 
     Args:
-        tower: a layer or model that is built.
+        tower: a built layer or model.
         features: a batch of its features, as arrays.
     """
     variables = tower.variables
@@ -94,11 +97,7 @@ def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any]) -> d
         with keras.StatelessScope(state_mapping=mapping), noting_lookups(tower, tensors, lookups):
             tower(select(tensors, list(tensors)), training=False)
 
-    def spec(variable: keras.Variable) -> jax.ShapeDtypeStruct:
-        shape = tuple(variable.shape)
-        if hasattr(variable, "num_rows_on_mesh"):
-            shape = (variable.num_rows_on_mesh, *shape[1:])
-        return jax.ShapeDtypeStruct(shape, variable.dtype)
-
-    jax.eval_shape(run, [spec(variable) for variable in variables], features)
+    jax.eval_shape(
+        run, [jax.ShapeDtypeStruct(tuple(variable.shape), variable.dtype) for variable in variables], features
+    )
     return lookups

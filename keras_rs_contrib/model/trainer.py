@@ -1,41 +1,59 @@
-"""Training, evaluation and prediction on batches of any size, which are checked and filled up."""
+"""Training, evaluation and prediction on batches of any size, which are checked and padded."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras import ops
-from keras.src.trainers.data_adapters import array_slicing
 
-from keras_rs_contrib import batches
-from keras_rs_contrib.guards import StopWhereNoNumber, WeightsKept, no_number, with_callbacks
-from keras_rs_contrib.model_inputs import ModelInputs
+from keras_rs_contrib import _keras, batches
+from keras_rs_contrib.model.feature_names import is_missing
+from keras_rs_contrib.model.finite_loss import StopIfNotFinite, not_finite
+from keras_rs_contrib.model.inputs import ModelInputs
+from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
-class PaddedModel(keras.Model):  # type: ignore[misc]
-    """Keras's entry points, for a model with an index.
+class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
+    """Keras's entry points for a model with an index: batches are checked and padded, and the index is refreshed.
 
-    Subclasses say which batches there are, and keep the index up to date.
+    Attributes:
+        inputs: how batches are checked, and the index. Set by the constructor of a subclass.
+        corpus_metrics: metrics of ranks that `evaluate` computes.
     """
 
-    check_inputs: bool
+    inputs: ModelInputs
+    corpus_metrics: list[Any]
+    _validation_batches: batches.PaddedBatches | None = None
 
     @property
-    def _inputs(self) -> ModelInputs:
-        raise NotImplementedError
+    def check_inputs(self) -> bool:
+        """Whether batches and losses are checked."""
+        return self.inputs.check
+
+    @check_inputs.setter
+    def check_inputs(self, check_inputs: bool) -> None:
+        self.inputs.check = check_inputs
 
     @property
-    def _ranks_in_evaluation(self) -> bool:
-        raise NotImplementedError
+    def ranks_in_evaluation(self) -> bool:
+        """Whether `evaluate` ranks candidates in the whole corpus."""
+        return (
+            self.inputs.retrieval is not None
+            and self.inputs.names.candidate_id is not None
+            and bool(self.corpus_metrics)
+        )
 
     def refresh_index(self) -> None:
-        """Brings the index up to date."""
-        raise NotImplementedError
+        """Refreshes the index of a feature tower, if the tower has changed since.
 
-    def _check_can_refresh(self) -> None:
-        raise NotImplementedError
+        Raises:
+            ValueError: if it has, in a loaded model whose index does not have the tower's inputs.
+        """
+        if self.inputs.retrieval is not None:
+            self.inputs.retrieval.refresh_if_stale()
 
     def fit(
         self,
@@ -59,21 +77,21 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
         """Trains the model: see `keras.Model.fit`.
 
         Raises:
-            ValueError: if a batch is bad, or the loss of an epoch no number; the progress until then is in
+            ValueError: if a batch is invalid, or the loss of an epoch is not finite; the progress until then is in
                 `model.history`.
         """
-        x = self._inputs.to_arrays(x, y)
+        x = self.inputs.to_arrays(x, y)
         if class_weight is not None and isinstance(x, dict) and y is None:
             raise ValueError(
                 "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
                 "Pass the labels as `y`, or the weights as `sample_weight`."
             )
         if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = array_slicing.train_validation_split(
-                (x, y, sample_weight), validation_split=validation_split
+            (x, y, sample_weight), validation_data = batches.split_off_validation(
+                (x, y, sample_weight), validation_split
             )
         shuffle = shuffle and not hasattr(x, "element_spec")
-        x = self._inputs.batches(
+        x = self.inputs.batches(
             x,
             y,
             sample_weight,
@@ -83,19 +101,20 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
             class_weight=class_weight,
         )
         if validation_data is not None:
-            self._check_can_refresh()
-            validation_data = self._inputs.batches(
+            if self.ranks_in_evaluation:
+                self.inputs.retrieval.check_can_refresh()  # type: ignore[union-attr]
+            validation_data = self.inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
-        stop = StopWhereNoNumber()
-        with WeightsKept(self) as kept:
+        stop = StopIfNotFinite()
+        with WeightGuard(self) as guard, self._validating(validation_data):
             history = super().fit(
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=with_callbacks(callbacks, stop, kept),
+                callbacks=_with_callbacks(callbacks, stop, guard),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -104,7 +123,7 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
                 validation_freq=validation_freq,
             )
         if self.check_inputs and stop.found is not None:
-            raise ValueError(no_number(self.trainable_variables, *stop.found))
+            raise ValueError(not_finite(self.trainable_variables, *stop.found))
         return history
 
     def evaluate(
@@ -122,22 +141,28 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
         """Returns the loss and the metrics over the whole corpus: see `keras.Model.evaluate`.
 
         Raises:
-            ValueError: if a batch is bad, or the loss no number.
+            ValueError: if a batch is invalid, or the loss is not finite.
         """
-        if self._ranks_in_evaluation:
+        if self.ranks_in_evaluation:
             self.refresh_index()
-        within_fit = kwargs.get("_use_cached_eval_dataset", False)
-        if not within_fit:
-            x = self._inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
-            with WeightsKept(self) as kept:
-                logs = super().evaluate(
-                    x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept), return_dict=True
-                )
-        else:
-            logs = super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=True, **kwargs)
-        if self.check_inputs and not within_fit and not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(no_number(self.trainable_variables, "loss", logs["loss"]))
-        return logs if return_dict else self._flatten_metrics_in_order(logs)
+        within_fit = x is not None and x is self._validation_batches
+        if within_fit:
+            return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
+        x = self.inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        with WeightGuard(self) as guard:
+            logs = super().evaluate(
+                x,
+                verbose=verbose,
+                steps=steps,
+                callbacks=_with_callbacks(callbacks, guard),
+                return_dict=return_dict,
+                **kwargs,
+            )
+        # Keras returns a dict, a list that begins with the loss, or the loss alone.
+        loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
+        if self.check_inputs and not math.isfinite(loss):
+            raise ValueError(not_finite(self.trainable_variables, "loss", loss))
+        return logs
 
     def predict(
         self,
@@ -147,30 +172,30 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
         steps: int | None = None,
         callbacks: Any = None,
     ) -> Any:
-        """Returns the top k of each row, as the index does: see `keras.Model.predict`.
+        """Returns the top k of each row, in the form of the index: see `keras.Model.predict`.
 
         Args:
-            x: batches with the query features; others are left out, but for `exclude_feature`.
-            batch_size: as of `keras.Model.predict`, as what follows.
-            verbose: likewise.
-            steps: likewise.
-            callbacks: likewise.
+            x: batches with the query features, and `exclude_feature`; others are ignored.
+            batch_size: as in `keras.Model.predict`.
+            verbose: as in `keras.Model.predict`.
+            steps: as in `keras.Model.predict`.
+            callbacks: as in `keras.Model.predict`.
 
         Returns:
             `(scores, ids)`, `[num_queries, k]` float32 and int32 NumPy arrays, or the ids alone.
 
         Raises:
-            ValueError: if a batch is bad, or the model has no index.
+            ValueError: if a batch is invalid, or the model has no index.
         """
         self.refresh_index()
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
-        x = self._inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
-        with WeightsKept(self) as kept:
-            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=with_callbacks(callbacks, kept))
-        is_padded = x.is_padded(len(keras.tree.flatten(outputs)[0]))
-        if not is_padded.any():
+        x = self.inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
+        with WeightGuard(self) as guard:
+            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=_with_callbacks(callbacks, guard))
+        is_padding = x.is_padding(len(keras.tree.flatten(outputs)[0]))
+        if not is_padding.any():
             return outputs
-        return keras.tree.map_structure(lambda output: output[~is_padded], outputs)
+        return keras.tree.map_structure(lambda output: output[~is_padding], outputs)
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
@@ -180,33 +205,63 @@ class PaddedModel(keras.Model):  # type: ignore[misc]
             raise ValueError(
                 "`class_weight` is not supported on single batches. Received: one. Pass the weights as `sample_weight`."
             )
-        x, y, sample_weight = self._inputs.batch(x, y, sample_weight)
-        return super().train_on_batch(x, y, sample_weight, return_dict=return_dict)
+        x, y, sample_weight = self.inputs.batch(x, y, sample_weight)
+        self.reset_metrics()
+        return super().train_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
-        x, y, sample_weight = self._inputs.batch(x, y, sample_weight)
-        return super().test_on_batch(x, y, sample_weight, return_dict=return_dict)
+        x, y, sample_weight = self.inputs.batch(x, y, sample_weight)
+        # Keras resets the metrics itself from 3.15 on.
+        self.reset_metrics()
+        return super().test_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
         num_rows = batches.batch_length(x)
-        x, _, _ = self._inputs.batch(x, queries_only=True)
+        x, _, _ = self.inputs.batch(x, queries_only=True)
         return keras.tree.map_structure(lambda output: output[:num_rows], super().predict_on_batch(x))
 
-    def _update_metrics_variables(
-        self, metrics_variables: Any, unscaled_loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any
-    ) -> tuple[dict[str, Any], list[Any]]:
-        # As in Keras, but that the loss of a batch, a mean, weighs as many rows as it is the mean of.
-        mapping = list(zip(self.metrics_variables, metrics_variables, strict=True))
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            if sample_weight is None:
-                num_rows = batches.batch_length(x)
-            else:
-                num_rows = ops.sum(ops.cast(batches.is_present(sample_weight), "float32"))
-            self._loss_tracker.update_state(unscaled_loss, sample_weight=num_rows)
-            logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        values = [scope.get_current_value(variable) for variable in self.metrics_variables]
-        return logs, [old if new is None else new for new, old in zip(values, metrics_variables, strict=True)]
+    @contextlib.contextmanager
+    def _validating(self, validation_batches: batches.PaddedBatches | None) -> Iterator[None]:
+        """Lets `evaluate` know the batches of `fit`, which are checked already."""
+        # Hidden from Keras's attribute tracking.
+        object.__setattr__(self, "_validation_batches", validation_batches)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_validation_batches", None)
+
+    def compute_loss_and_updates(
+        self,
+        trainable_variables: Any,
+        non_trainable_variables: Any,
+        metrics_variables: Any,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        training: bool = False,
+        optimizer_variables: Any = None,
+    ) -> Any:
+        """Computes the loss of a batch without side effects: see `keras.Model`."""
+        return super().compute_loss_and_updates(
+            trainable_variables,
+            non_trainable_variables,
+            metrics_variables,
+            x,
+            None if is_missing(y) else y,
+            sample_weight,
+            training=training,
+            optimizer_variables=optimizer_variables,
+        )
+
+
+def _with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
+    """Returns the `callbacks` of `fit`, in any form, and those added."""
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
+    for callback in added:
+        callbacks.append(callback)
+    return callbacks

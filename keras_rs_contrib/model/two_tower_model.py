@@ -1,4 +1,4 @@
-"""A whole two-tower model: towers, task, index and metrics behind `fit`, `evaluate`, `predict` and `recommend`."""
+"""A complete two-tower model: towers, task, index and metrics behind `fit`, `evaluate`, `predict` and `recommend`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import keras
 import keras_rs
 import numpy as np
 from keras import ops
-from keras.src import backend
 
-from keras_rs_contrib import batches, losses
+from keras_rs_contrib import batches, scores
 from keras_rs_contrib.arguments import check_type
-from keras_rs_contrib.checksum import checksum
-from keras_rs_contrib.cross_batch_memory import CrossBatchMemory
-from keras_rs_contrib.feature_names import FeatureNames, feature_names, select
-from keras_rs_contrib.lookups import TowerLookups
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
-from keras_rs_contrib.mixed_negatives import MixedNegatives
-from keras_rs_contrib.model_arguments import (
+from keras_rs_contrib.model.configuration import (
     check_drawn_ids,
     check_needs,
+    check_optimizer_of_tables,
     check_task,
     feature_of_ids,
     index_of_tower,
     metrics_of_corpus,
 )
-from keras_rs_contrib.model_inputs import ModelInputs
-from keras_rs_contrib.padded_model import PaddedModel
-from keras_rs_contrib.query_search import Queries, metrics_of_ranks, rows_of_ids, rows_of_positives
-from keras_rs_contrib.retrieval import ShardedBruteForceRetrieval
-from keras_rs_contrib.sampling import StreamingSamplingProbability
-from keras_rs_contrib.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, select
+from keras_rs_contrib.model.inputs import ModelInputs
+from keras_rs_contrib.model.lookups import TowerLookups
+from keras_rs_contrib.model.queries import CheckedQueries, check_positive_rows, check_query_rows, metrics_of_ranks
+from keras_rs_contrib.model.trainer import PaddedModel
+from keras_rs_contrib.negatives.memory import CrossBatchMemory
+from keras_rs_contrib.negatives.mixed import MixedNegatives
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 
 # Arguments of the model that are layers or `None`.
 OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cross_batch_memory")
@@ -170,31 +169,15 @@ class TwoTowerModel(PaddedModel):
         check_needs(task, self.label, self.candidate_id, sampling_probability, mixed_negatives, cross_batch_memory)
         check_drawn_ids(mixed_negatives, candidate_tower, self.candidate_features, self.candidate_id)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
-        self.check_inputs = check_inputs
-        # Past Keras's tracking of attributes.
-        object.__setattr__(self, "_seen_features", {})
-        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
-        build = functools.partial(backend.compute_output_spec, self, training=False)
-        object.__setattr__(self, "_lookups", TowerLookups(towers, build))
-        if self.retrieval is not None and not self.retrieval.is_tied:
-            # Of the tower as it was when the index was refreshed last, 0 where that is not known. Saved with the model,
-            # so that one that is trained further knows that its index is stale.
-            self.tower_checksum = self.add_weight(
-                shape=(2,), initializer="zeros", dtype="uint32", trainable=False, autocast=False, name="tower_checksum"
-            )
-
-    @property
-    def _feature_names(self) -> FeatureNames:
-        return FeatureNames(
+        names = FeatureNames(
             self.query_features, self.candidate_features, self.candidate_id, self.label, self.exclude_feature
         )
-
-    @property
-    def _inputs(self) -> ModelInputs:
-        probability = self.sampling_probability
-        if self.mixed_negatives is not None:
-            probability = self.mixed_negatives.sampling_probability
-        return ModelInputs(self._feature_names, self._lookups, self.retrieval, probability, self.check_inputs)
+        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
+        lookups = TowerLookups(towers, functools.partial(self.__call__, training=False))
+        probability = sampling_probability if mixed_negatives is None else mixed_negatives.sampling_probability
+        # Hidden from Keras's attribute tracking.
+        object.__setattr__(self, "inputs", ModelInputs(names, lookups, self.retrieval, probability, check_inputs))
+        object.__setattr__(self, "_seen_features", {})
 
     # Keras's own entry points, on batches that are checked and filled up.
 
@@ -235,6 +218,8 @@ class TwoTowerModel(PaddedModel):
                 "Name the feature that holds labels in `label`, or pass metrics of ranks as `corpus_metrics`."
             )
         super().compile(optimizer, weighted_metrics=all_metrics or None, **kwargs)
+        check_optimizer_of_tables(self.optimizer, self)
+        self._has_label_metrics = bool(all_metrics)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model as it was when it was saved."""
@@ -263,13 +248,13 @@ class TwoTowerModel(PaddedModel):
             TypeError: if `features` is no dict.
             ValueError: if features are missing, or the model has no index to retrieve from.
         """
-        self._feature_names.check(features, self.query_features)
+        self.inputs.names.check(features, self.query_features)
         self._note_features(features)
-        query_embeddings = self.query_tower(select(features, self.query_features), training=training)
-        exclude_ids = self._feature_names.exclude_ids(features)
+        query_embeddings = self._embed_queries(features, training)
+        exclude_ids = self.inputs.names.exclude_ids(features)
         if not any(name in features for name in self.candidate_features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
-        self._feature_names.check(features, self.candidate_features)
+        self.inputs.names.check(features, self.candidate_features)
         candidates = select(features, self.candidate_features)
         result = {"query_embeddings": query_embeddings}
         if training and self.mixed_negatives is not None:
@@ -283,11 +268,11 @@ class TwoTowerModel(PaddedModel):
         if self.retrieval is not None and not self.retrieval.built:
             # Also where nothing below calls it: Keras wants all layers built by the first batch.
             self.retrieval.build(query_embeddings.shape)
-        if training or not self._ranks_in_evaluation:
+        if training or not self.ranks_in_evaluation:
             return result
         assert self.retrieval is not None
         assert self.candidate_id is not None
-        self._feature_names.check(features, [self.candidate_id])
+        self.inputs.names.check(features, [self.candidate_id])
         result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
         return result
 
@@ -303,7 +288,7 @@ class TwoTowerModel(PaddedModel):
             sample_weight: `[batch]`; a row of weight 0 is absent.
             training: whether the batch counts for `sampling_probability`, and goes into `cross_batch_memory`.
         """
-        labels = self._feature_names.labels(x, y)
+        labels = self.inputs.names.labels(x, y)
         candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
         candidates = self._candidates(x, y_pred, candidate_mask, training)
         loss = self.task(y_pred["query_embeddings"], labels=labels, sample_weight=sample_weight, **candidates)
@@ -346,14 +331,14 @@ class TwoTowerModel(PaddedModel):
         if has_ranks:
             for metric in self.corpus_metrics:
                 metric.update_state(y_pred["ranks"], sample_weight=sample_weight)
-        labels = scores = None
-        if self._compile_metrics is not None:
-            labels = ops.expand_dims(self._feature_names.labels(x, y), 1)
-            scores = losses.pairwise_scores(
+        labels = predictions = None
+        if self._has_label_metrics:
+            labels = ops.expand_dims(self.inputs.names.labels(x, y), 1)
+            predictions = scores.pairwise_scores(
                 y_pred["query_embeddings"], y_pred["candidate_embeddings"], self.task.similarity
             )
-            scores = ops.expand_dims(ops.divide(scores, self.task.temperature or 1.0), 1)
-        result: dict[str, Any] = super().compute_metrics(x, labels, scores, sample_weight)
+            predictions = ops.expand_dims(ops.divide(predictions, self.task.temperature or 1.0), 1)
+        result: dict[str, Any] = super().compute_metrics(x, labels, predictions, sample_weight)
         if not has_ranks:
             # They would be reported as 0.
             for metric in self.corpus_metrics:
@@ -388,13 +373,13 @@ class TwoTowerModel(PaddedModel):
         index = self._index()
         k = index.k if k is None else k
 
-        def find(queries: Any, exclude_ids: Any) -> tuple[Any, Any]:
-            scores, ids = index.find(queries, k, exclude_ids)
+        def find(features: dict[str, Any], exclude_ids: Any) -> tuple[Any, Any]:
+            scores, ids = index.find(self._embed_queries(features), k, exclude_ids)
             return ids, scores
 
         queries = self._queries(query_features, exclude_ids)
         self.refresh_index()
-        return Recommendations(*queries.search(self.query_tower, find, verbose))
+        return Recommendations(*queries.search(find, verbose))
 
     def evaluate_queries(
         self,
@@ -427,23 +412,25 @@ class TwoTowerModel(PaddedModel):
         """
         index = self._index()
         queries = self._queries(query_features, exclude_ids)
-        positive_ids = rows_of_positives(positive_ids, queries.number)
+        positive_ids = check_positive_rows(positive_ids, queries.number)
 
-        def find(queries: Any, exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
-            return (index.ranks(queries, positive_ids, exclude_ids),)
+        def rank(features: dict[str, Any], exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
+            return (index.ranks(self._embed_queries(features), positive_ids, exclude_ids),)
 
         self.refresh_index()
-        (ranks,) = queries.search(self.query_tower, find, verbose, positive_ids)
+        (ranks,) = queries.search(rank, verbose, positive_ids)
         return metrics_of_ranks(self.corpus_metrics if metrics is None else metrics, ranks)
 
-    def _queries(self, features: dict[str, Any], exclude_ids: Any) -> Queries:
-        features = self._inputs.queries(features)
-        number = batches.batch_length(features)
+    def _queries(self, features: dict[str, Any], exclude_ids: Any) -> CheckedQueries:
+        features, number = self.inputs.queries(features)
         if exclude_ids is None:
-            exclude_ids = self._feature_names.exclude_ids(features)
+            exclude_ids = self.inputs.names.exclude_ids(features)
         if exclude_ids is not None:
-            exclude_ids = rows_of_ids(exclude_ids, "exclude_ids", number)
-        return Queries(select(features, self.query_features), exclude_ids, number)
+            exclude_ids = check_query_rows(exclude_ids, "exclude_ids", number)
+        return CheckedQueries({name: features[name] for name in self.query_features}, exclude_ids, number)
+
+    def _embed_queries(self, features: dict[str, Any], training: bool | None = False) -> Any:
+        return self.query_tower(select(features, self.query_features), training=training)
 
     def _index(self) -> ShardedBruteForceRetrieval:
         if self.retrieval is None:
@@ -452,43 +439,6 @@ class TwoTowerModel(PaddedModel):
                 "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
             )
         return self.retrieval
-
-    def refresh_index(self) -> None:
-        """Refreshes the index over a feature tower, if the tower has changed since.
-
-        Raises:
-            ValueError: if it has, in a model that was loaded, whose index does not have the tower's inputs.
-        """
-        index = self.retrieval
-        if index is None or index.is_tied:
-            return
-        # Without the state of random generators, which has no part in inference.
-        now = checksum(self.candidate_tower.weights)
-        known = ops.convert_to_numpy(self.tower_checksum)
-        if np.array_equal(known, now):
-            return
-        if index.has_candidates:
-            index.refresh()
-        elif known.any():
-            raise ValueError(
-                "The candidate tower has changed since the index was made, and the index does not have the tower's "
-                "inputs, which are not saved with it. Received: a stale index. "
-                "Pass them: `model.retrieval.refresh(candidates)`."
-            )
-        self.tower_checksum.assign(now)
-
-    @property
-    def _ranks_in_evaluation(self) -> bool:
-        return self.retrieval is not None and self.candidate_id is not None and bool(self.corpus_metrics)
-
-    def _check_can_refresh(self) -> None:
-        index = self.retrieval
-        if self._ranks_in_evaluation and not index.is_tied and not index.has_candidates:  # type: ignore[union-attr]
-            raise ValueError(
-                "To validate while the candidate tower is trained, the index needs the tower's inputs for the whole "
-                "corpus. Received: a model whose index has none: they are not saved with it. "
-                "Pass them first: `model.retrieval.refresh(candidates)`."
-            )
 
     # Saving.
 
@@ -502,14 +452,22 @@ class TwoTowerModel(PaddedModel):
                 warnings.warn(f"The model is saved with an index that is not up to date. {error}", stacklevel=2)
         super().save_own_variables(store)
 
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the model's own weights. In files of version 0.1 the checksum of the index is one of them."""
+        if list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied:
+            self.retrieval.tower_checksum.assign(np.asarray(store["0"]).view("int32"))
+        else:
+            super().load_own_variables(store)
+
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()
         serialize = keras.saving.serialize_keras_object
         optional = {name: getattr(self, name) for name in OPTIONAL_LAYERS}
         config.update(
-            query_tower=serialize(self.query_tower),
+            # Before the query tower, which may share its layers.
             candidate_tower=serialize(self.candidate_tower),
+            query_tower=serialize(self.query_tower),
             task=serialize(self.task),
             query_features=self.query_features,
             candidate_features=self.candidate_features,

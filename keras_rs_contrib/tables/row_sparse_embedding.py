@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_rs_contrib.tables import row_optimizers, row_update
 from keras_rs_contrib.tables.layout import axis_of_rows, table_layout
-from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, add_table
+from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE
 from keras_rs_contrib.tables.row_variable import RowSparseTable, RowSparseVariable, tie
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 
@@ -120,6 +120,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         self._iterations = self._scalar("iterations", 0, "int32")
         if isinstance(self.optimizer.learning_rate, float):
             self._learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
+        self._freeze_new_weights()
 
     def _scalar(self, name: str, value: float, dtype: str) -> keras.Variable:
         distribution = keras.distribution.distribution()

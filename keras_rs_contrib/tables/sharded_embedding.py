@@ -82,6 +82,21 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         """The number of rows of the table, padding included."""
         return padded_rows(self.input_dim, self.row_multiple)
 
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the table."""
+        super().build(input_shape)
+        self._freeze_new_weights()
+
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Adds a low-rank update to the table: see `keras.layers.Embedding`."""
+        super().enable_lora(*args, **kwargs)
+        self._freeze_new_weights()
+
+    def _freeze_new_weights(self) -> None:
+        # Keras freezes the weights of a frozen layer when it adds them, and when `trainable` is set.
+        if not self.trainable:
+            self.trainable = False
+
     def add_weight(self, *args: Any, shape: Any = None, name: str | None = None, **kwargs: Any) -> keras.Variable:
         """Adds a weight, as in `keras.layers.Layer`, padded and laid out if it has one row for each id."""
         if name not in TABLES:

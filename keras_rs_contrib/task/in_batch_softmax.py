@@ -21,8 +21,8 @@ from keras import ops
 
 from keras_rs_contrib.distribution import BatchSplit
 from keras_rs_contrib.scores import score_matrix
-from keras_rs_contrib.task import losses
 from keras_rs_contrib.task import logits as batch_logits
+from keras_rs_contrib.task import losses
 
 # From how many logits a device on it is faster not to hold them all: found on CPUs, where 1,024 queries and candidates
 # cost the same either way, and 2,048 take three quarters of the time.
@@ -152,7 +152,9 @@ class InBatchSoftmax:
             logits, labels = batch_logits.hardest_negatives(logits, labels, self.num_hard_negatives)
         return logits, labels
 
-    def _own_part(self, queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates) -> tuple[BatchQueries, BatchCandidates]:
+    def _own_part(
+        self, queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates
+    ) -> tuple[BatchQueries, BatchCandidates]:
         """Returns the batch of one replica, on which it is a column's number that says whose positive it is."""
         assert self.split is not None
         if queries.score_mask is not None:
@@ -186,7 +188,9 @@ class InBatchSoftmax:
         of_queries, *of_candidates = pull_back(of_logits * of_values[:, None])
         return result, (BatchQueries(of_queries, of_weight), BatchCandidates(*of_candidates))
 
-    def _in_blocks(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any, with_gradients: bool) -> Any:
+    def _in_blocks(
+        self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any, with_gradients: bool
+    ) -> Any:
         """Returns the total loss of the queries, block by block, and, where asked for, its gradients."""
         function = self._rows_loss_and_gradients if with_gradients else self._rows_loss
         num_queries = queries.embeddings.shape[0]

@@ -1,6 +1,5 @@
 """Losses on logits: pure functions of arrays."""
 
-
 from __future__ import annotations
 
 from typing import Any

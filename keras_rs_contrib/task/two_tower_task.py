@@ -222,7 +222,12 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
     def _check_divides(self, num_queries: int | None) -> None:
         replicas = num_replicas()
         # Keras traces models with sizes that are made up, or no numbers.
-        if self.negatives == "global" or _keras.is_tracing_symbolically() or num_queries is None or num_queries % replicas == 0:
+        if (
+            self.negatives == "global"
+            or _keras.is_tracing_symbolically()
+            or num_queries is None
+            or num_queries % replicas == 0
+        ):
             return
         raise ValueError(
             'With `negatives="local"` the batch must divide over the replicas, each of which has a part of its own. '
@@ -339,69 +344,6 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             config["loss"] = keras.losses.deserialize(config["loss"])
         return cls(**config)
 
-
-_SHAPE_CURES[name]}"
-                )
-        if given["candidate_ids"] is not None:
-            dtype = keras.backend.standardize_dtype(given["candidate_ids"].dtype)
-            if "int" not in dtype:
-                raise TypeError(
-                    f"`candidate_ids` must be integers. Received: dtype {dtype}. "
-                    "Map ids to integers first, strings for instance by `keras.layers.StringLookup`."
-                )
-        if given["labels"] is None:
-            if self.remove_accidental_hits and given["candidate_ids"] is None:
-                raise ValueError(
-                    "`remove_accidental_hits=True` needs the ids of the candidates. Received: candidate_ids=None. "
-                    "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
-                )
-            return
-        about_negatives = [
-            name
-            for name in ("candidate_ids", "candidate_sampling_probability", "score_mask")
-            if given[name] is not None
-        ]
-        if self.num_hard_negatives is not None:
-            about_negatives.append("num_hard_negatives")
-        if self.remove_accidental_hits:
-            about_negatives.append("remove_accidental_hits")
-        if self.negatives == "local":
-            about_negatives.append("negatives")
-        if about_negatives:
-            raise ValueError(
-                "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
-                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
-            )
-        if differ(batch, num_candidates):
-            raise ValueError(
-                "With `labels` each query scores its own candidate only. Received: "
-                f"{batch} queries and {num_candidates} candidates. Leave out the extra negatives, or the labels."
-            )
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor, serialized."""
-        config: dict[str, Any] = super().get_config()
-        config.update(
-            loss=None if self.loss is None else keras.losses.serialize(self.loss),
-            similarity=self.similarity,
-            temperature=self.temperature,
-            num_hard_negatives=self.num_hard_negatives,
-            remove_accidental_hits=self.remove_accidental_hits,
-            negatives=self.negatives,
-        )
-        return config
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DistributedTwoTowerTask:
-        """Returns the task that `get_config` describes."""
-        config = dict(config)
-        if isinstance(config.get("loss"), dict):
-            config["loss"] = keras.losses.deserialize(config["loss"])
-        return cls(**config)
-
-
-# Of the arguments of `call`.
-CANDIDATE_IDS_PLACE = list(inspect.signature(DistributedTwoTowerTask.call).parameters).index("candidate_ids") - 1
 
 _SHAPE_CURES = {
     "labels": "Give one number for each query.",

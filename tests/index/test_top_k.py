@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_rs_contrib import top_k as searches
-from keras_rs_contrib.distribution import TableLayout
-from keras_rs_contrib.top_k import Search
+from keras_rs_contrib.index import top_k as searches
+from keras_rs_contrib.index.ranks import ranks as exact_ranks
+from keras_rs_contrib.index.score_blocks import Search
+from keras_rs_contrib.tables.layout import TableLayout
 
 # Mesh shape, mesh axes, and the axis that splits the rows of the table.
 LAYOUTS = {
@@ -111,7 +112,7 @@ def test_queries_need_not_divide_over_the_devices(rng, num_queries):
     search = Search(40, layout=layout)
     _, ids = searches.top_k(queries, table, 5, search, exclude_ids=exclude_ids)
     np.testing.assert_array_equal(ids, reference.top_k(queries, table, 5, exclude_ids_by_query=exclude_ids)[1])
-    ranks = searches.ranks(queries, table, ids[:, 2], search, exclude_rows=exclude_ids)
+    ranks = exact_ranks(queries, table, ids[:, 2], search, exclude_rows=exclude_ids)
     np.testing.assert_array_equal(ranks, [2] * num_queries)
 
 
@@ -182,7 +183,7 @@ def check_against_the_reference(case, num_shards, over_batch_axis, block_size, e
         keep = np.ones(len(queries), bool)
     if excluded_rows is not None:
         keep &= ~excluded_rows[targets]
-    ranks = searches.ranks(queries, on_mesh, targets.astype("int32"), search, exclude_rows, excluded)
+    ranks = exact_ranks(queries, on_mesh, targets.astype("int32"), search, exclude_rows, excluded)
     expected_ranks = np.array(reference.ranks(queries, table, known[targets].tolist(), **arguments))
     np.testing.assert_array_equal(np.asarray(ranks)[keep], expected_ranks[keep])
 
@@ -233,7 +234,7 @@ def test_the_search_in_two_levels_is_that_of_a_sort(rng, num_rows, num_shards, k
     scores, ids = searches.top_k(queries, on_mesh, k, search)
     np.testing.assert_array_equal(ids, expected)
     np.testing.assert_array_equal(scores, np.take_along_axis(keys, expected, axis=1))
-    ranks = searches.ranks(queries, on_mesh, expected[:, k - 1].astype("int32"), search)
+    ranks = exact_ranks(queries, on_mesh, expected[:, k - 1].astype("int32"), search)
     np.testing.assert_array_equal(ranks, [k - 1] * 70)
     excluded = rng.random(num_rows) < 0.5
     keys[:, excluded] = -np.inf
@@ -251,7 +252,7 @@ def test_ranks_agree_with_lists_where_scores_are_rounded(rng):
         on_mesh = padded(table, num_shards)
         _, ids = searches.top_k(queries, on_mesh, 300, search)
         for place in (0, 1, 50, 299):
-            np.testing.assert_array_equal(searches.ranks(queries, on_mesh, ids[:, place], search), [place] * 70)
+            np.testing.assert_array_equal(exact_ranks(queries, on_mesh, ids[:, place], search), [place] * 70)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_equal_rows_score_equally_wherever_they_are(rng, num_queries, num_rows):
         np.testing.assert_array_equal(ids, np.tile(np.arange(5), (num_queries, 1)))
         np.testing.assert_array_equal(scores, np.asarray(scores)[:, :1] * np.ones(5, "float32"))
         last = np.full(num_queries, num_rows - 1, "int32")
-        np.testing.assert_array_equal(searches.ranks(queries, table, last, search), last)
+        np.testing.assert_array_equal(exact_ranks(queries, table, last, search), last)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -280,7 +281,7 @@ def test_a_query_that_is_no_number_spoils_no_other(rng, num_shards):
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(scores, expected_scores)
     assert np.isnan(np.asarray(scores)[2]).all()
-    ranks = searches.ranks(queries, on_mesh, np.maximum(expected_ids[:, 3], 0), search)
+    ranks = exact_ranks(queries, on_mesh, np.maximum(expected_ids[:, 3], 0), search)
     np.testing.assert_array_equal(ranks, [3, 3, 2_000, 3, 3])
 
 
@@ -335,7 +336,7 @@ def test_memory_is_bounded_by_the_block():
     small, large = 2**20, 2**22
     search = Search(100_003, block_size=small)
     assert memory(searches.top_k, queries, table, 10, search, exclude_ids=exclude) < 4 * 1.3 * small
-    assert memory(searches.ranks, queries, table, targets, search, exclude) < 4 * 2.3 * small
+    assert memory(exact_ranks, queries, table, targets, search, exclude) < 4 * 2.3 * small
     assert memory(searches.top_k, queries, table, 10, Search(100_003, block_size=large)) < 4 * 1.3 * large
     assert memory(searches.top_k, queries, table, 10, Search(100_003, "cosine", block_size=large)) < 4 * 2.5 * large
 
@@ -356,7 +357,7 @@ def collectives(function, name, *arguments):
 
 
 def collectives_of_ranks(name):
-    return collectives(searches.ranks, name, np.zeros(32, "int32"))
+    return collectives(exact_ranks, name, np.zeros(32, "int32"))
 
 
 @pytest.mark.parametrize("name", ["replicated", "replicated on two axes"])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import reference
 
-from keras_rs_contrib import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad, row_optimizers, row_update
+from keras_rs_contrib import LazyAdam, RowAdagrad, RowSGD, RowWiseAdagrad
+from keras_rs_contrib.tables import row_optimizers, row_update
 
 KINDS = {"sgd": RowSGD, "adagrad": RowAdagrad, "rowwise_adagrad": RowWiseAdagrad, "lazy_adam": LazyAdam}
 NUM_ROWS, DIMENSION = 11, 3

@@ -11,7 +11,8 @@ import reference
 from conftest import data_parallel, model_parallel
 from test_two_tower_task import SOFTMAX_CASES, call_arguments, embeddings, loss_and_gradients
 
-from keras_rs_contrib import DistributedTwoTowerTask, in_batch_softmax
+from keras_rs_contrib import DistributedTwoTowerTask
+from keras_rs_contrib.task import in_batch_softmax
 
 MESHES = {
     "DataParallel(2)": (2, lambda: data_parallel(2)),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_rs_contrib import negatives
+from keras_rs_contrib.task import logits as negatives
 
 
 def test_labels_are_the_diagonal_also_with_extra_negatives():

@@ -2,22 +2,23 @@ import numpy as np
 import pytest
 import reference
 
-from keras_rs_contrib import losses
+from keras_rs_contrib import scores
+from keras_rs_contrib.task import losses
 
 
-@pytest.mark.parametrize("similarity", losses.SIMILARITIES)
+@pytest.mark.parametrize("similarity", scores.SIMILARITIES)
 @pytest.mark.parametrize("heads", [None, 1, 3])
 def test_scores_follow_the_formula(rng, similarity, heads):
     queries = rng.normal(size=(4, 5) if heads is None else (4, heads, 5))
     candidates = rng.normal(size=(6, 5))
     expected = [[reference.best_head_score(q, c, similarity) for c in candidates] for q in queries]
-    np.testing.assert_allclose(losses.in_batch_scores(queries, candidates, similarity), expected, rtol=1e-5, atol=1e-6)
-    pairs = losses.pairwise_scores(queries, candidates[:4], similarity)
+    np.testing.assert_allclose(scores.score_matrix(queries, candidates, similarity), expected, rtol=1e-5, atol=1e-6)
+    pairs = scores.pairwise_scores(queries, candidates[:4], similarity)
     np.testing.assert_allclose(pairs, np.diagonal(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_the_cosine_of_an_embedding_of_zeros_is_zero():
-    np.testing.assert_array_equal(losses.in_batch_scores(np.zeros((1, 3)), np.ones((2, 3)), "cosine"), [[0.0, 0.0]])
+    np.testing.assert_array_equal(scores.score_matrix(np.zeros((1, 3)), np.ones((2, 3)), "cosine"), [[0.0, 0.0]])
 
 
 def test_a_small_loss_keeps_its_digits():
