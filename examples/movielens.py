@@ -1,4 +1,4 @@
-"""MovieLens 100K for the example: prepared by TensorFlow Datasets, or a synthetic stand-in of the same shape.
+"""MovieLens 100K for the example, prepared by TensorFlow Datasets, or synthetic data of the same shape.
 
 MovieLens: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
 """
@@ -21,7 +21,7 @@ NUM_TASTES = 8
 
 
 class MovieLensUnavailableError(Exception):
-    """MovieLens is neither on this machine nor to be had."""
+    """MovieLens is not on this machine and cannot be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Ratings:
         user_ids: `[num_ratings]` int32, from 1.
         movie_ids: `[num_ratings]` int32, from 1.
         ratings: `[num_ratings]` float32, 1 to 5 stars scaled to 0..1.
-        titles: the title of each movie id; id 0 is no movie.
-        user_tastes: the planted taste of each user id in the stand-in, `None` for MovieLens.
-        movie_tastes: likewise of each movie id.
+        titles: the title of each movie id. Id 0 is unused.
+        user_tastes: `[num_users + 1]` ints, the planted taste of each user id in synthetic data, or `None`.
+        movie_tastes: `[num_movies + 1]` ints, the planted taste of each movie id in synthetic data, or `None`.
     """
 
     source: str
@@ -57,7 +57,7 @@ class Ratings:
         return len(self.titles) - 1
 
     def select(self, rows: np.ndarray) -> "Ratings":
-        """Returns the ratings in `rows`, of the same users and movies."""
+        """Returns the ratings in `rows`."""
         return dataclasses.replace(
             self, user_ids=self.user_ids[rows], movie_ids=self.movie_ids[rows], ratings=self.ratings[rows]
         )
@@ -67,12 +67,12 @@ def load(dataset: str, data_dir: str | None = None, seed: int = 0) -> Ratings:
     """Returns ratings.
 
     Args:
-        dataset: `"movielens"`, `"synthetic"`, or `"auto"` for the first of the two that can be had.
-        data_dir: where TFDS keeps its datasets; `None` for its own place.
-        seed: of the stand-in.
+        dataset: `"movielens"`, `"synthetic"`, or `"auto"` for MovieLens if available and synthetic data otherwise.
+        data_dir: the directory in which TFDS keeps its datasets, or `None` for its default.
+        seed: seed of the synthetic data.
 
     Raises:
-        MovieLensUnavailableError: if `dataset` is `"movielens"`, it is not prepared, and cannot be downloaded.
+        MovieLensUnavailableError: if `dataset` is `"movielens"`, and it cannot be read or downloaded.
     """
     if dataset == "synthetic":
         return synthetic(seed)
@@ -81,23 +81,23 @@ def load(dataset: str, data_dir: str | None = None, seed: int = 0) -> Ratings:
     except MovieLensUnavailableError as error:
         if dataset == "movielens":
             raise
-        print(f"{error}\nGoing on with the synthetic stand-in.", flush=True)
+        print(f"{error}\nContinuing with synthetic data.", flush=True)
         return synthetic(seed)
 
 
 def movielens(data_dir: str | None = None) -> Ratings:
-    """Returns MovieLens 100K from `data_dir`, downloaded and prepared there first if it is not."""
+    """Returns MovieLens 100K from `data_dir`. Downloads and prepares it there if necessary."""
     place = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     prepared = [_prepared_version(place / "movielens" / name) for name in DATASETS]
     if None in prepared and not _host_answers():
         raise MovieLensUnavailableError(
             f"MovieLens 100K is not prepared in {place}, and {MOVIELENS_HOST} does not answer. "
-            "Prepare it there with TensorFlow Datasets, or name its place by --data_dir."
+            "Prepare it there with TensorFlow Datasets, or set --data_dir to its directory."
         )
 
     if None in prepared:
         print(f"Downloading MovieLens 100K to {place}.", flush=True)
-    # Whatever goes wrong in there, a dropped connection or a damaged file: there is no MovieLens then.
+    # TFDS raises many kinds of errors, for instance for a dropped connection or a damaged file.
     try:
         return _read(place, prepared)
     except Exception as error:
@@ -105,7 +105,7 @@ def movielens(data_dir: str | None = None) -> Ratings:
 
 
 def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
-    """Returns MovieLens 100K from the prepared directories of its ratings and movies, made in `place` if `None`."""
+    """Returns MovieLens 100K from the `prepared` directories. Prepares it in `place` if any of them is `None`."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -116,7 +116,7 @@ def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
     else:
         builders = [tfds.builder_from_directory(directory) for directory in prepared]
 
-    # All records at once and only these features: decoding example by example takes ten times as long.
+    # Parse all records at once, and only these features: decoding one example at a time takes ten times as long.
     def read(builder: tfds.core.DatasetBuilder, **dtypes: tf.DType) -> dict[str, np.ndarray]:
         records = tf.data.TFRecordDataset([str(path) for path in builder.info.splits["train"].filepaths])
         features = {name: tf.io.FixedLenFeature([], dtype) for name, dtype in dtypes.items()}
@@ -139,21 +139,22 @@ def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
 
 
 def synthetic(seed: int = 0) -> Ratings:
-    """Returns made-up ratings of MovieLens's shape: few movies popular, most not, each user and movie of one taste.
+    """Returns synthetic ratings of the shape of MovieLens: popularity has a long tail, and ratings depend on tastes.
 
-    Users rate movies of their own taste more often and higher, so that a recommendation can be right or wrong.
+    Each user and each movie has one taste. Users rate movies of their own taste more often and higher, so that a
+    recommendation can be right or wrong.
     """
     generator = np.random.default_rng(seed)
     user_tastes = generator.integers(NUM_TASTES, size=NUM_USERS + 1)
     movie_tastes = generator.integers(NUM_TASTES, size=NUM_MOVIES + 1)
 
-    # How many movies each user rates: at least 20, and far more for some.
+    # The number of movies that each user rates: at least 20, and far more for some users.
     activity = generator.lognormal(sigma=1.0, size=NUM_USERS)
     counts = np.minimum(20 + activity / activity.sum() * (NUM_RATINGS - 20 * NUM_USERS), NUM_MOVIES // 2).astype(int)
     while (missing := NUM_RATINGS - counts.sum()) > 0:
         counts[generator.choice(np.flatnonzero(counts < NUM_MOVIES // 2), size=min(missing, 100), replace=False)] += 1
 
-    # Which ones: a draw without replacement (Gumbel top-k) by long-tailed popularity, more likely of one's own taste.
+    # The rated movies are drawn without replacement (Gumbel top-k), by popularity and by match with the user's taste.
     popularity = -2.0 * np.log(100 + generator.permutation(NUM_MOVIES))
     match = user_tastes[1:, None] == movie_tastes[None, 1:]
     preference = popularity + 2.5 * match + generator.gumbel(size=match.shape)
@@ -174,21 +175,21 @@ def synthetic(seed: int = 0) -> Ratings:
 
 
 def split(ratings: Ratings, seed: int, train_share: float = 0.8) -> tuple[Ratings, Ratings]:
-    """Returns a random share of the ratings for training and the rest for validation."""
+    """Returns a random share of the ratings for training, and the rest for validation."""
     order = np.random.default_rng(seed).permutation(len(ratings.ratings))
     num_train = round(len(order) * train_share)
     return ratings.select(order[:num_train]), ratings.select(order[num_train:])
 
 
 def import_tensorflow_quietly() -> None:
-    """Imports TensorFlow, which greets on stderr from C++ before any setting of its own can stop it."""
+    """Imports TensorFlow without the messages that its C++ code writes to stderr before any setting can stop them."""
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         import tensorflow  # noqa: F401
     except ImportError:
-        # Only MovieLens needs it; Keras imports it where it is there.
+        # Only MovieLens needs TensorFlow. Keras imports it if it is installed.
         pass
     finally:
         os.dup2(stderr, 2)
@@ -196,14 +197,14 @@ def import_tensorflow_quietly() -> None:
 
 
 def _prepared_version(directory: pathlib.Path) -> pathlib.Path | None:
-    """Returns the latest prepared version in a dataset's directory, without asking TFDS, which asks the network."""
+    """Returns the latest prepared version in a dataset's directory. Avoids TFDS, which would access the network."""
     versions = [path.parent for path in directory.glob("*/dataset_info.json")]
     versions = [path for path in versions if re.fullmatch(r"\d+(\.\d+)*", path.name)]
     return max(versions, key=lambda path: [int(part) for part in path.name.split(".")], default=None)
 
 
 def _host_answers() -> bool:
-    """Returns whether the host of MovieLens answers within `PROBE_SECONDS`, name resolution included."""
+    """Returns whether the host of MovieLens answers within `PROBE_SECONDS`, including name resolution."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -214,7 +215,7 @@ def _host_answers() -> bool:
         except OSError:
             pass
 
-    # Name resolution has no time-out of its own; a thread that hangs in it ends with the program.
+    # Name resolution has no timeout. A daemon thread that hangs in it ends with the program.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)

@@ -1,7 +1,8 @@
-"""Retrieval with data parallel training: the keras.io tutorial of that name, as a program, and what goes beyond it.
+"""Retrieval with data parallel training: the keras.io tutorial as a program, and a retrieval objective.
 
-Trains two embedding towers on MovieLens 100K, on one device or many, recommends films, and says how well. As in the
-tutorial the towers predict ratings; with --objective=retrieval they tell films that a user has watched from others:
+Trains two embedding towers on MovieLens 100K, on one device or many, recommends films, and evaluates the
+recommendations. By default the towers predict ratings, as in the tutorial. With --objective=retrieval they learn to
+rank films that a user has rated above other films:
 
     python examples/movielens_dp.py --epochs=50
     python examples/movielens_dp.py --objective=retrieval
@@ -43,11 +44,11 @@ from keras_rs_contrib import (
 
 VALIDATE_EVERY = 5
 NUM_DEFAULT_USERS = 3
-# More virtual devices than this take a machine down rather than show anything.
+# More virtual devices would exhaust the machine.
 MAX_DEVICES = 256
 
-# What a flag that is not given is. For ratings: the tutorial. For retrieval: the best found on a held-out tenth of the
-# training ratings, as the README tells.
+# Defaults of the flags for each objective. Those for ratings are from the tutorial. Those for retrieval performed best
+# on a held-out tenth of the training ratings: see `examples/benchmarks/README.md`.
 DEFAULTS = {
     "rating": {
         "epochs": 50,
@@ -83,7 +84,7 @@ FLAGS = flags.FLAGS
 
 
 def by_objective(name: str) -> str:
-    """Returns the part of a flag's help that names its defaults."""
+    """Returns the part of a flag's help that states its defaults."""
     return (
         "By default " + ", ".join(f"{d[name]} for {objective}" for objective, d in DEFAULTS.items() if name in d) + "."
     )
@@ -93,12 +94,12 @@ flags.DEFINE_enum(
     "objective",
     "rating",
     list(DEFAULTS),
-    "`rating`, the tutorial: the score of a user and a film is to be the rating. `retrieval`: a film that the user has "
-    "rated, however, is to score above the other films of the batch (in-batch softmax).",
+    "`rating`, as in the tutorial: the score of a user and a film predicts the rating. `retrieval`: a film that the "
+    "user has rated, whatever its stars, scores higher than the other films of the batch (in-batch softmax).",
 )
 flags.DEFINE_integer("epochs", None, f"Passes over the training ratings. {by_objective('epochs')}", lower_bound=1)
 flags.DEFINE_integer(
-    "batch_size", None, f"Ratings a training step, over all devices. {by_objective('batch_size')}", lower_bound=1
+    "batch_size", None, f"Ratings per training step, over all devices. {by_objective('batch_size')}", lower_bound=1
 )
 flags.DEFINE_integer(
     "embedding_dim", None, f"Dimension of the user and movie embeddings. {by_objective('embedding_dim')}", lower_bound=1
@@ -106,35 +107,36 @@ flags.DEFINE_integer(
 flags.DEFINE_float(
     "initial_scale",
     None,
-    f"Embeddings begin uniform within plus and minus this. {by_objective('initial_scale')}",
+    f"Initial embeddings are uniform in [-initial_scale, initial_scale]. {by_objective('initial_scale')}",
 )
 flags.DEFINE_enum(
-    "similarity", None, ["dot", "cosine"], f"How a user and a film are scored. {by_objective('similarity')}"
+    "similarity", None, ["dot", "cosine"], f"Similarity that scores a user and a film. {by_objective('similarity')}"
 )
-flags.DEFINE_float("temperature", None, f"What scores are divided by. {by_objective('temperature')}")
+flags.DEFINE_float("temperature", None, f"Positive number that divides scores. {by_objective('temperature')}")
 flags.DEFINE_enum("optimizer", None, list(OPTIMIZERS), f"The optimizer. {by_objective('optimizer')}")
-flags.DEFINE_float("learning_rate", None, f"Its learning rate, at the start. {by_objective('learning_rate')}")
+flags.DEFINE_float("learning_rate", None, f"Initial learning rate of the optimizer. {by_objective('learning_rate')}")
 flags.DEFINE_enum(
     "schedule",
     None,
     ["constant", "cosine"],
-    f"Whether the learning rate stays, or falls to 0 along half a cosine. {by_objective('schedule')}",
+    f"Whether the learning rate is constant, or decays to 0 along half a cosine. {by_objective('schedule')}",
 )
-flags.DEFINE_bool("shuffle", None, f"Make other batches in each epoch. {by_objective('shuffle')}")
+flags.DEFINE_bool("shuffle", None, f"Shuffle the training ratings in each epoch. {by_objective('shuffle')}")
 flags.DEFINE_enum(
     "sampling_correction",
     None,
     ["none", "counts", "streaming"],
-    "For retrieval: subtract the logarithm of each film's probability to be in a batch from its score, known from "
-    f"`counts` of the training ratings or from the `streaming` batches. {by_objective('sampling_correction')}",
+    "For retrieval: log-q correction. Subtracts the logarithm of each film's sampling probability from its score, "
+    "computed from `counts` of the training ratings, or estimated from the batches (`streaming`). "
+    f"{by_objective('sampling_correction')}",
 )
 flags.DEFINE_bool(
     "remove_accidental_hits",
     None,
-    "For retrieval: a user's film that is in the batch once more is no negative. "
+    "For retrieval: further occurrences of a user's film in the batch are not negatives. "
     f"{by_objective('remove_accidental_hits')}",
 )
-flags.DEFINE_bool("include_seen", False, "Recommend also films that the user has rated, as the tutorial does.")
+flags.DEFINE_bool("include_seen", False, "Also recommend films that the user has rated, as the tutorial does.")
 for positive in ("initial_scale", "temperature", "learning_rate"):
     flags.register_validator(
         positive,
@@ -144,62 +146,70 @@ for positive in ("initial_scale", "temperature", "learning_rate"):
 flags.DEFINE_integer(
     "num_devices",
     None,
-    "Devices to train on. By default all accelerators; without one, one virtual CPU device a core.",
+    "Number of devices. By default, all accelerators or, without any, one virtual CPU device per core.",
     lower_bound=1,
     upper_bound=MAX_DEVICES,
 )
 flags.DEFINE_bool(
-    "device_mesh", False, "Make `DataParallel` from a 1-D `DeviceMesh` instead of the list of devices: the same thing."
+    "device_mesh", False, "Create `DataParallel` from a 1-D `DeviceMesh`, not from the devices: the same distribution."
 )
 flags.DEFINE_integer(
     "seed",
     42,
-    "Seed of the split, the initial embeddings, the batches and the stand-in data.",
+    "Seed of the split, the initial embeddings, the batches and the synthetic data.",
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
 flags.DEFINE_integer(
     "split_seed",
     None,
-    "Seed of the split into ratings to train on and to validate on. By default that of --seed.",
+    "Seed of the split into training and validation ratings. By default, --seed.",
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
 flags.DEFINE_bool(
     "tune",
     False,
-    "Set the validation part aside, and validate on a tenth of the training part: to choose hyperparameters by.",
+    "Validate on a tenth of the training ratings instead of the validation ratings, to choose hyperparameters.",
 )
-flags.DEFINE_integer("k", 10, "Films to recommend to each user.", lower_bound=1)
-flags.DEFINE_list("users", None, "Users to recommend to, such as 42,7. By default three drawn by the seed.")
+flags.DEFINE_integer("k", 10, "Number of films to recommend to each user.", lower_bound=1)
+flags.DEFINE_list("users", None, "Users to recommend films to, such as 42,7. By default, three random ones.")
 flags.DEFINE_enum(
     "dataset",
     "auto",
     ["auto", "movielens", "synthetic"],
-    "`movielens` from --data_dir, downloaded if it is not there; `synthetic`, a made-up stand-in of the same shape; "
-    "`auto`, the first of the two that can be had.",
+    "`movielens`: MovieLens 100K from --data_dir, downloaded if missing. `synthetic`: generated data of the same "
+    "shape. `auto`: MovieLens if available, otherwise synthetic data.",
 )
-flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its data. By default its own place.")
-flags.DEFINE_string("model_path", None, "A .keras file to save the model to, and to load it from again for a check.")
-flags.DEFINE_string("metrics_json", None, "A file for flags, versions, history, seconds and recommendations, as JSON.")
+flags.DEFINE_string(
+    "data_dir", None, "Directory of TensorFlow Datasets. By default, TFDS_DATA_DIR or ~/tensorflow_datasets."
+)
+flags.DEFINE_string(
+    "model_path", None, "A .keras file to save the model to. The model is loaded again to check the file."
+)
+flags.DEFINE_string(
+    "metrics_json", None, "A JSON file to write flags, versions, history, seconds and recommendations to."
+)
 
 
 def choose_defaults() -> None:
-    """Sets the flags that are not given to the defaults of the objective; ends the program where one does not apply."""
+    """Sets flags that are not given to the defaults of the objective. Exits if a given flag does not apply."""
     defaults = DEFAULTS[FLAGS.objective]
     for name in sorted({name for flags_of in DEFAULTS.values() for name in flags_of}):
         if name not in defaults and FLAGS[name].value is not None:
-            sys.exit(f"--{name}: it has no effect with --objective={FLAGS.objective}.")
+            sys.exit(
+                f"--{name}: it has no effect with --objective={FLAGS.objective}. Drop it, or change the objective."
+            )
         if FLAGS[name].value is None:
             FLAGS[name].value = defaults.get(name)
 
 
 def make_model(train: movielens.Ratings, num_steps: int) -> TwoTowerModel:
-    """Returns the model of the flags, compiled.
+    """Returns the compiled model that the flags describe.
 
     Args:
-        train: the ratings to train on.
-        num_steps: training steps that there will be.
+        train: the training ratings.
+        num_steps: the total number of training steps, for the schedule of the learning rate.
     """
 
     def make_embedding(num_rows: int) -> keras.layers.Embedding:
@@ -228,12 +238,12 @@ def make_model(train: movielens.Ratings, num_steps: int) -> TwoTowerModel:
         candidate_features="movie_id",
         label="rating" if FLAGS.objective == "rating" else None,
         task=task,
-        # Row 0 of the table is no movie.
+        # Row 0 of the table is unused: movie ids start at 1.
         retrieval=shard_candidates(
             keras_rs.layers.BruteForceRetrieval(k=FLAGS.k), movie_tower, exclude_ids=[0], similarity=FLAGS.similarity
         ),
         sampling_probability=sampling_probability,
-        # Of users, not of pairs: see `EvaluateQueries`.
+        # `EvaluateQueries` computes metrics per user instead of per pair.
         corpus_metrics=[],
     )
     learning_rate = FLAGS.learning_rate
@@ -244,7 +254,7 @@ def make_model(train: movielens.Ratings, num_steps: int) -> TwoTowerModel:
 
 
 def make_features(ratings: movielens.Ratings) -> dict[str, np.ndarray]:
-    """Returns the features of a batch, of all ratings."""
+    """Returns the features of all ratings, as a dict of `[num_ratings]` arrays."""
     features = {"user_id": ratings.user_ids, "movie_id": ratings.movie_ids}
     return {**features, "rating": ratings.ratings} if FLAGS.objective == "rating" else features
 
@@ -255,12 +265,15 @@ def make_metrics() -> list[keras.metrics.Metric]:
 
 
 def evaluate_popularity(train: movielens.Ratings, unseen: np.ndarray, seen: np.ndarray) -> dict[str, float]:
-    """Returns the metrics of recommending to each user the most rated films that the user has not rated.
+    """Returns the metrics of a baseline: recommend the films with the most ratings that the user has not rated.
 
     Args:
-        train: the ratings that count.
-        unseen: `[num_users, m]` ids of the films to be found.
-        seen: `[num_users, n]` ids of films that are left out.
+        train: the training ratings, which define popularity.
+        unseen: `[num_users, m]` int32 ids of held-out films, the positives.
+        seen: `[num_users, n]` int32 ids of excluded films.
+
+    Returns:
+        Dict of the value of each metric by name.
     """
     counts = np.bincount(train.movie_ids, minlength=train.num_movies + 1).astype("float32")
     tower = keras.layers.Embedding(len(counts), 1, weights=counts[:, None])
@@ -273,29 +286,32 @@ def evaluate_popularity(train: movielens.Ratings, unseen: np.ndarray, seen: np.n
 
 
 def print_metrics(rows: dict[str, dict[str, float]]) -> None:
-    """Prints a table with a line for each of the metrics' dicts."""
-    print("Films held out for validation, ranked for each user among all that the user has not rated in training:")
+    """Prints a table of metrics with one line for each of the `rows`."""
+    print("Held-out films, ranked for each user among all films that the user has not rated in training:")
     print(" " * 28 + "".join(f"{title:>11}" for title in METRICS.values()))
     for name, values in rows.items():
         print(f"  {name:<26}" + "".join(f"{values[metric]:11.4f}" for metric in METRICS), flush=True)
 
 
 def choose_devices() -> list[jax.Device]:
-    """Returns the devices of --num_devices: accelerators, or on a machine without one as many virtual CPU devices."""
+    """Returns the --num_devices first devices: accelerators or, on a machine without any, virtual CPU devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_cpu_devices = FLAGS.num_devices or cores
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    # The threads of XLA's pool, by default one a core. Each virtual device that waits in an all-reduce for the others
-    # holds one, a few at a time: too small a pool leaves none for those that are waited for, and XLA aborts.
+    # The number of threads of XLA's pool, by default one per core. Each virtual device that waits in an all-reduce
+    # holds one or more threads. If the pool is too small, no thread remains for the other devices, and XLA aborts.
     os.environ.setdefault("NPROC", str(8 * num_cpu_devices))
     devices = jax.devices()
     if FLAGS.num_devices and FLAGS.num_devices > len(devices):
-        sys.exit(f"--num_devices={FLAGS.num_devices}: this machine has {len(devices)} ({devices[0].device_kind}).")
+        sys.exit(
+            f"--num_devices={FLAGS.num_devices}: this machine has only {len(devices)} device(s) "
+            f"({devices[0].device_kind}). Use fewer."
+        )
     return devices[: FLAGS.num_devices]
 
 
 def check_files() -> None:
-    """Ends the program where a file to be written at its end could not be."""
+    """Exits if an output file of the flags cannot be written."""
     if FLAGS.model_path and not FLAGS.model_path.endswith(".keras"):
         sys.exit(f"--model_path={FLAGS.model_path}: the name of the file must end in .keras.")
     for flag in ("model_path", "metrics_json"):
@@ -304,34 +320,34 @@ def check_files() -> None:
         path = FLAGS[flag].value = os.path.expanduser(FLAGS[flag].value)
         directory = pathlib.Path(path).absolute().parent
         if pathlib.Path(path).is_dir() or not os.access(directory, os.W_OK):
-            sys.exit(f"--{flag}={path}: no file can be written there. Name one in an existing, writable folder.")
+            sys.exit(f"--{flag}={path}: no file can be written there. Use a path in an existing, writable directory.")
     if (
         FLAGS.model_path
         and FLAGS.metrics_json
         and os.path.realpath(FLAGS.model_path) == os.path.realpath(FLAGS.metrics_json)
     ):
-        sys.exit(f"--model_path and --metrics_json: both are {FLAGS.model_path}. Name two files.")
+        sys.exit(f"--model_path and --metrics_json: both are {FLAGS.model_path}. Use two different files.")
 
 
 def choose_users(num_users: int) -> np.ndarray:
-    """Returns the users of --users, or a few drawn by the seed; ends the program where one is unknown."""
+    """Returns the users of --users, or a few random ones by default. Exits if a user does not exist."""
     if FLAGS.users is None:
         count = min(NUM_DEFAULT_USERS, num_users)
         return np.random.default_rng(FLAGS.seed).choice(np.arange(1, num_users + 1), size=count, replace=False)
     for user in FLAGS.users:
         if not (user.isascii() and user.isdigit() and 1 <= int(user) <= num_users):
-            sys.exit(f"--users: there is no user {user!r}. Users are numbered 1 to {num_users}.")
+            sys.exit(f"--users: user {user!r} does not exist. Users are numbered 1 to {num_users}.")
     if not FLAGS.users:
-        sys.exit(f"--users: no user is named. Users are numbered 1 to {num_users}.")
+        sys.exit(f"--users: the list is empty. Users are numbered 1 to {num_users}.")
     return np.array([int(user) for user in FLAGS.users])
 
 
 def main(argv: list[str]) -> None:
-    """Trains, recommends, and writes what the flags ask for."""
+    """Trains, recommends, evaluates, and writes the files of the flags."""
     if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags begin with --.")
+        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
     if not FLAGS["verbosity"].present:
-        # What JAX and TFDS say at the level that absl sets by itself is of no use here.
+        # At the default level of absl, JAX and TFDS log many messages that do not help here.
         logging.set_verbosity(logging.WARNING)
     choose_defaults()
     check_files()
@@ -344,18 +360,18 @@ def main(argv: list[str]) -> None:
     try:
         ratings = movielens.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed)
     except movielens.MovieLensUnavailableError as error:
-        sys.exit(f"{error} --dataset=auto goes on without it.")
+        sys.exit(f"{error} Use --dataset=auto to continue with synthetic data.")
     users = choose_users(ratings.num_users)
     if ratings.num_movies < FLAGS.k:
-        sys.exit(f"--k={FLAGS.k}: there are {ratings.num_movies} films.")
+        sys.exit(f"--k={FLAGS.k}: there are only {ratings.num_movies} films. Use a smaller k.")
     split_seed = FLAGS.seed if FLAGS.split_seed is None else FLAGS.split_seed
     train, validation = movielens.split(ratings, split_seed)
     if FLAGS.tune:
         train, validation = movielens.split(train, split_seed, train_share=0.9)
     print_source(ratings)
     print(
-        f"{ratings.num_users} users, {ratings.num_movies} films, {len(train.ratings)} ratings to train on and "
-        f"{len(validation.ratings)} to validate on; {len(devices)} {devices[0].platform} device(s)."
+        f"{ratings.num_users} users, {ratings.num_movies} films, {len(train.ratings)} training ratings, "
+        f"{len(validation.ratings)} validation ratings; {len(devices)} {devices[0].platform} device(s)."
     )
     seconds["data"] = time.perf_counter() - start
 
@@ -401,10 +417,10 @@ def main(argv: list[str]) -> None:
         model.save(FLAGS.model_path)
         loaded = keras.models.load_model(FLAGS.model_path)
         if not np.array_equal(loaded.recommend({"user_id": users}, exclude_ids=rated).ids, recommended):
-            sys.exit(f"The model loaded from {FLAGS.model_path} recommends other films than the one saved there.")
+            sys.exit(f"The model loaded from {FLAGS.model_path} recommends other films than the saved model.")
         seconds["saving and loading"] = time.perf_counter() - start
 
-    # A user who has rated nearly all films has fewer left than were asked for.
+    # For a user who has rated nearly all films, fewer than k remain.
     recommendations = [
         {"user": int(user), "movie_ids": ids.tolist(), "titles": [ratings.titles[i] for i in ids]}
         for user, ids in zip(users, [ids[ids > 0] for ids in recommended], strict=True)
@@ -421,8 +437,8 @@ def main(argv: list[str]) -> None:
         baseline = float(np.mean((validation.ratings - train.ratings.mean()) ** 2))
         print(
             f"Final mean squared error of the ratings, scaled to 0..1: {history['loss'][-1]:.4f} in training, "
-            f"{history['val_loss'][-1]:.4f} in validation.\nFor comparison, the mean rating predicted for every pair "
-            f"has {baseline:.4f} in validation."
+            f"{history['val_loss'][-1]:.4f} in validation.\nFor comparison, predicting the mean rating for every pair "
+            f"gives {baseline:.4f} in validation."
         )
     else:
         baseline = None
@@ -432,7 +448,7 @@ def main(argv: list[str]) -> None:
         )
     print("Seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()) + ".")
     if FLAGS.model_path:
-        print(f"Model saved to {FLAGS.model_path}; loaded again, it recommends the same.")
+        print(f"Model saved to {FLAGS.model_path}. The loaded model recommends the same films.")
     error = None
     if FLAGS.metrics_json:
         error = write_metrics(
@@ -452,7 +468,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_metrics(**metrics) -> str | None:
-    """Writes the metrics, flags and versions to --metrics_json; returns what went wrong, or `None`."""
+    """Writes the metrics, flags and versions to --metrics_json. Returns an error message, or `None`."""
     packages = ("keras", "keras-rs", "jax", "keras_rs_contrib")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
     used_flags = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
@@ -460,20 +476,20 @@ def write_metrics(**metrics) -> str | None:
     try:
         pathlib.Path(FLAGS.metrics_json).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        return f"--metrics_json={FLAGS.metrics_json}: {error.strerror}. All else is done."
+        return f"--metrics_json={FLAGS.metrics_json}: {error.strerror}. Everything else is complete."
     print(f"Metrics written to {FLAGS.metrics_json}.")
     return None
 
 
 def print_source(ratings: movielens.Ratings) -> None:
-    """Prints whose ratings these are."""
+    """Prints the source of the ratings."""
     if ratings.source == "movielens":
         print("Dataset: MovieLens 100K.", flush=True)
         return
     stars = "*" * 100
     print(
-        f"{stars}\nDataset: SYNTHETIC, a made-up stand-in for MovieLens. Its films and figures mean nothing outside of "
-        f"it;\na good recommendation is a film of the user's taste.\n{stars}",
+        f"{stars}\nDataset: SYNTHETIC, generated in place of MovieLens. Its films and metrics say nothing about real "
+        f"data.\nA good recommendation is a film of the user's taste.\n{stars}",
         flush=True,
     )
 
@@ -484,5 +500,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\nInterrupted.")
     except BrokenPipeError:
-        # Whoever read the output has gone; the interpreter is not to complain while it closes it.
+        # The reader of the output has closed it. This prevents a second error when the interpreter flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,21 +7,22 @@ from typing import Any
 
 
 def positive_int(value: Any, name: str) -> int:
-    """Returns `value` as an int, or raises `ValueError` where it is no positive one."""
+    """Returns `value` as an int, or raises `ValueError` if it is not a positive integer."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Ask for at least one.")
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Pass 1 or more.")
     return int(value)
 
 
 def check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
-    """Raises `TypeError` where `value` is no `kind`, nor `None` where that is allowed."""
+    """Raises `TypeError` if `value` is not a `kind`. If `optional`, `None` is also valid."""
     if isinstance(value, kind) or (optional and value is None):
         return
     raise TypeError(
-        f"`{name}` must be a `{kind.__name__}`. Received: {value!r} (of type {type(value).__name__}). Pass one."
+        f"`{name}` must be a `{kind.__name__}`. Received: {value!r} (of type {type(value).__name__}). "
+        "Pass an instance of this class."
     )
 
 
 def differ(first: int | None, second: int | None) -> bool:
-    """Returns whether two dimensions are known and not the same."""
+    """Returns whether two dimensions are known and different."""
     return first is not None and second is not None and first != second

@@ -13,6 +13,8 @@ from keras import ops
 from keras_rs_contrib import _keras, distribution
 from keras_rs_contrib.arguments import positive_int
 
+_NO_BATCH = "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
+
 
 def pad_batches(
     dataset: Any, multiple: int | None = None, *, batch_size: int | None = None, shuffle: bool = False
@@ -103,15 +105,19 @@ def padded_batches(
     if has_weights_only:
         # Keras silently drops weights that come without targets.
         x, sample_weight = (x, sample_weight), None
-    adapter = _keras.get_data_adapter(
-        x=x,
-        y=y,
-        sample_weight=sample_weight,
-        batch_size=batch_size,
-        steps_per_epoch=steps,
-        shuffle=shuffle,
-        class_weight=class_weight,
-    )
+    try:
+        adapter = _keras.get_data_adapter(
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+    except IndexError as error:
+        # Keras before 3.15 looks for the first batch of a generator that has none.
+        raise ValueError(_NO_BATCH) from error
     return PaddedBatches(adapter, multiple, prepare, has_weights_only)
 
 
@@ -167,9 +173,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         # Keras would start again with the few batches that it has looked at, and end after them.
         self._is_exhausted = isinstance(self.adapter, _keras.GeneratorDataAdapter)
         if not sizes:
-            raise ValueError(
-                "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
-            )
+            raise ValueError(_NO_BATCH)
 
     def is_padding(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Returns which of the first `num_rows` rows of the batches read last are padding."""

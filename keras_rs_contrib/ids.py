@@ -1,11 +1,11 @@
-"""Candidate ids: int32 labels of candidates, refused where a conversion would change them."""
+"""Candidate ids: int32 labels of candidates. Ids that a conversion to int32 would change are errors."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
@@ -14,70 +14,72 @@ import keras
 import numpy as np
 from keras import ops
 
-# Stands for "no candidate" where there are fewer candidates than places.
+# The id of "no candidate", in rows with fewer candidates than columns.
 NO_CANDIDATE = -1
 
 
 def check_candidate_ids(candidate_ids: Any, name: str = "candidate_ids") -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Returns ids as int32, or raises where one of them is no int32.
+    """Returns ids as int32, or raises an error if int32 cannot hold them.
 
-    JAX wraps wider integers to int32 without a word, so that 2**31 + 5 would become another candidate's id.
+    JAX silently wraps wider integers to int32: 2**32 + 5 would become the id 5.
 
     Args:
         candidate_ids: integers of any width, as a list, an array or a tensor.
-        name: what the ids are called in errors.
+        name: name of the ids in error messages.
 
     Returns:
         int32 array, shape of `candidate_ids`.
 
     Raises:
-        TypeError: if they are no integers.
-        ValueError: if one lies outside int32.
+        TypeError: if the ids are not integers.
+        ValueError: if an id is outside the range of int32.
     """
     try:
         ids = ops.convert_to_numpy(candidate_ids) if ops.is_tensor(candidate_ids) else np.asarray(candidate_ids)
     except ValueError as error:
-        raise TypeError(f"`{name}` must be an array of integers. Received: {error} Pass rows of one length.") from error
+        raise TypeError(
+            f"`{name}` must be an array of integers. Received: {error} Pass rows of equal length."
+        ) from error
     if ids.size == 0:
         return ids.astype(np.int32)
-    # Python integers in an array of objects are as good, and may be larger than any dtype holds.
+    # An object array of Python integers is valid. The values may be larger than any NumPy dtype can hold.
     integers = ids.dtype == object and all(
         isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids.flat
     )
     if not integers and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(
             f"`{name}` must be integers. Received: dtype {ids.dtype}, such as {ids.flat[0]!r}. "
-            "Number the candidates and keep the table of their names, or use `keras.layers.StringLookup`."
+            "Number the candidates and keep a table of their names, or use `keras.layers.StringLookup`."
         )
     limits = np.iinfo(np.int32)
     outside = ids[(ids < limits.min) | (ids > limits.max)]
     if outside.size:
         raise ValueError(
-            f"`{name}` must lie in [{limits.min}, {limits.max}], the range of int32. "
-            f"Received: {int(outside[0])}. Number the candidates from 0 and keep the table of their ids."
+            f"`{name}` must be in [{limits.min}, {limits.max}], the range of int32. "
+            f"Received: {int(outside[0])}. Number the candidates from 0 and keep a table of their ids."
         )
     return ids.astype(np.int32)
 
 
 def to_int32(ids: Any, name: str) -> Any:
-    """Returns ids as int32, checked as far as they are known.
+    """Returns ids as int32, and checks their values if they are known.
 
     Args:
         ids: integers, as a list, an array or a tensor, which may be symbolic.
-        name: what the ids are called in errors.
+        name: name of the ids in error messages.
 
     Returns:
-        A tensor as a tensor of int32, anything else as a NumPy array.
+        int32 ids, shape of `ids`. Symbolic, traced and int32 tensors stay tensors; other ids become a NumPy array.
 
     Raises:
-        TypeError: if they are no integers.
-        ValueError: if one lies outside int32.
+        TypeError: if the ids are not integers.
+        ValueError: if an id is outside the range of int32.
     """
     if not ops.is_tensor(ids) and not isinstance(ids, keras.KerasTensor):
         return check_candidate_ids(ids, name)
     dtype = keras.backend.standardize_dtype(ids.dtype)
     if "int" not in dtype:
-        raise TypeError(f"`{name}` must be integers. Received: dtype {dtype}. Cast them, or number the candidates.")
+        raise TypeError(f"`{name}` must be integers. Received: dtype {dtype}. Cast the ids, or number the candidates.")
     if dtype == "int32":
         return ids
     is_known = not isinstance(ids, keras.KerasTensor) and not isinstance(ids, jax.core.Tracer)
@@ -87,19 +89,19 @@ def to_int32(ids: Any, name: str) -> Any:
 
 
 class IdArguments(keras.layers.Layer):  # type: ignore[misc]
-    """Checks a layer's arguments that hold ids, before Keras converts them to int32.
+    """A layer that checks the ids passed to `call` before Keras converts them to int32.
 
-    Keras and JAX wrap wider integers silently, so that 2**32 + 5 becomes another candidate's id.
+    Keras and JAX silently wrap wider integers: 2**32 + 5 would become the id 5.
 
     Attributes:
-        id_arguments: names of the arguments of `call` that hold ids.
+        id_arguments: names of the arguments of `call` that contain ids.
     """
 
     id_arguments: tuple[str, ...] = ("candidate_ids", "exclude_ids")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the layer, with ids as int32."""
-        names = _argument_names(type(self))
+        """Calls the layer with int32 ids."""
+        names = _argument_names(type(self).call)
 
         def checked(name: str | None, value: Any) -> Any:
             return to_int32(value, name) if name in self.id_arguments and value is not None else value
@@ -109,73 +111,75 @@ class IdArguments(keras.layers.Layer):  # type: ignore[misc]
 
 
 @functools.cache
-def _argument_names(layer_class: type) -> list[str]:
+def _argument_names(call: Callable[..., Any]) -> list[str]:
     """Returns the names of the arguments of a layer's `call`, in order."""
-    return list(inspect.signature(layer_class.call).parameters)[1:]  # type: ignore[attr-defined]
+    return list(inspect.signature(call).parameters)[1:]
 
 
 def check_corpus_ids(
     candidate_ids: Any, num_candidates: int, exclude_ids: list[int]
 ) -> np.ndarray[Any, np.dtype[np.int32]] | None:
-    """Returns the ids of a corpus as int32, one for each candidate, each once.
+    """Returns the ids of a corpus as int32, and checks that each candidate has its own id.
 
     Args:
-        candidate_ids: `[num_candidates]` integers, or `None`, where row numbers are the ids.
-        num_candidates: rows in the candidate table.
-        exclude_ids: ids that are to be left out.
+        candidate_ids: `[num_candidates]` integers, or `None` if the row numbers are the ids.
+        num_candidates: number of candidates in the corpus.
+        exclude_ids: ids of candidates to exclude.
 
     Returns:
         `[num_candidates]` int32, or `None`.
 
     Raises:
-        TypeError: if they are no integers.
-        ValueError: if their number is wrong, one lies outside int32, occurs twice, or is -1, which means "none", or
-            one to be left out is not there.
+        TypeError: if the ids are not integers.
+        ValueError: if `candidate_ids` has the wrong shape, duplicates, ids outside the range of int32, or -1, the id
+            of "no candidate"; or if an id in `exclude_ids` is unknown.
     """
     ids = np.arange(num_candidates, dtype=np.int32) if candidate_ids is None else check_candidate_ids(candidate_ids)
     if ids.shape != (num_candidates,):
         raise ValueError(
-            "`candidate_ids` needs one id for each candidate. Received: "
+            "`candidate_ids` must have one id for each candidate. Received: "
             f"shape {ids.shape} for {num_candidates} candidates. Pass a flat list of {num_candidates} ids."
         )
     unique, counts = np.unique(ids, return_counts=True)
     if unique.size < ids.size:
         raise ValueError(
-            "`candidate_ids` must differ from one another. Received: "
-            f"{int(unique[counts > 1][0])} for {int(counts[counts > 1][0])} candidates. Drop the duplicates."
+            "`candidate_ids` must be unique. Received: "
+            f"{int(unique[counts > 1][0])} for {int(counts[counts > 1][0])} candidates. Remove the duplicates."
         )
     if NO_CANDIDATE in unique:
         raise ValueError(
-            f"`candidate_ids` must not hold {NO_CANDIDATE}, which stands for no candidate. "
-            f"Received: {NO_CANDIDATE} for one of {num_candidates} candidates. Give that candidate another id."
+            f"`candidate_ids` must not contain {NO_CANDIDATE}, which means no candidate. "
+            f"Received: {NO_CANDIDATE} for one of {num_candidates} candidates. Give this candidate another id."
         )
     unknown = np.setdiff1d(exclude_ids, unique)
     if unknown.size:
         raise ValueError(
             "`exclude_ids` must be ids of candidates. Received: "
-            f"{int(unknown[0])} for {num_candidates} candidates with ids {int(ids.min())} to {int(ids.max())}. Drop it."
+            f"{int(unknown[0])} for {num_candidates} candidates with ids {int(ids.min())} to {int(ids.max())}. "
+            "Remove the unknown id."
         )
     return None if candidate_ids is None else ids
 
 
 def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Returns the candidates of each query as one row, of pairs of a query and a candidate.
+    """Groups pairs of a query and a candidate into one row of candidate ids for each query.
 
-    It makes the `exclude_ids` of an index from what has been seen, and the positives of a user-level evaluation from
-    what is held out.
+    Use it to create the `exclude_ids` of an index from past interactions, or the positives of each user for an
+    evaluation from held-out interactions.
 
     Args:
-        query_ids: `[num_pairs]` ints, such as the users of ratings.
-        candidate_ids: `[num_pairs]` ints, such as the films rated.
-        queries: `[num_queries]` ints, the queries wanted, each once. Pairs of others are left out.
+        query_ids: `[num_pairs]` ints, such as the user of each rating.
+        candidate_ids: `[num_pairs]` ints, such as the film of each rating.
+        queries: `[num_queries]` unique ints, the queries to return. Pairs of other queries are ignored.
 
     Returns:
-        `[num_queries, m]` int32, m the most candidates that one of the queries has and at least 1, rows filled with -1.
-        Each candidate stands in a row once, in the order of its first pair.
+        `[num_queries, m]` int32, where m is the largest number of candidates of a query, and at least 1. Rows are
+        padded with -1. Each row contains a candidate once, in the order of the first pairs.
 
     Raises:
-        TypeError: if ids are no integers.
-        ValueError: if they are not flat, the pairs' differ in number, a query comes twice, or an id is outside int32.
+        TypeError: if the ids are not integers.
+        ValueError: if an argument is not flat, if `query_ids` and `candidate_ids` differ in length, if `queries` has
+            duplicates, or if an id is outside the range of int32.
 
     Example:
     ```python
@@ -187,21 +191,21 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     queries = check_candidate_ids(queries, "queries")
     if query_ids.ndim != 1 or query_ids.shape != candidate_ids.shape or queries.ndim != 1:
         raise ValueError(
-            "`query_ids` and `candidate_ids` must be flat and of one length, and `queries` flat. Received: shapes "
+            "`query_ids` and `candidate_ids` must be flat and of equal length, and `queries` flat. Received: shapes "
             f"{query_ids.shape}, {candidate_ids.shape} and {queries.shape}. Pass one entry for each pair."
         )
     order = np.argsort(queries, kind="stable")
     in_order = queries[order]
     if (in_order[1:] == in_order[:-1]).any():
         twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
-        raise ValueError(f"`queries` must differ from one another. Received: {twice} twice. Drop the duplicates.")
+        raise ValueError(f"`queries` must be unique. Received: {twice} twice. Remove the duplicates.")
     places = np.searchsorted(in_order, query_ids)
     wanted = np.isin(query_ids, queries)
-    # Watched twice is watched: of equal pairs, the first.
+    # Keeps the first of equal pairs.
     _, first = np.unique(np.stack([query_ids, candidate_ids]), axis=1, return_index=True)
     wanted &= np.isin(np.arange(len(query_ids)), first)
     rows = order[places[wanted]]
-    # Pairs in the order of their rows, and within a row in their own.
+    # A stable sort by row keeps the order of the pairs in each row.
     by_row = np.argsort(rows, kind="stable")
     rows, candidate_ids = rows[by_row], candidate_ids[wanted][by_row]
     counts = np.bincount(rows, minlength=len(queries))
@@ -212,14 +216,14 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
 
 
 def check_exclude_ids(exclude_ids: Any) -> list[int]:
-    """Returns ids to be left out, sorted, each once.
+    """Returns the sorted, unique ids to exclude.
 
     Args:
-        exclude_ids: a flat collection of integers, such as a list, a set or an array.
+        exclude_ids: flat collection of integers, such as a list, a set or an array; or `None`.
 
     Raises:
-        TypeError: if it is none.
-        ValueError: if one lies outside int32.
+        TypeError: if `exclude_ids` is not a flat collection of integers.
+        ValueError: if an id is outside the range of int32.
     """
     if exclude_ids is None:
         return []

@@ -1,4 +1,4 @@
-"""Recall, NDCG and reciprocal rank over the whole corpus, from the ranks of the positives."""
+"""Recall, NDCG and mean reciprocal rank over the whole corpus, from the ranks of the positives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from keras_rs_contrib.arguments import positive_int
 
 
 class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
-    """The weighted mean, over queries, of a value that follows from the ranks of a query's positives.
+    """The weighted mean over queries of a value computed from the ranks of each query's positives.
 
-    It keeps one weighted sum and one sum of weights, so that neither the split into batches nor the number of devices
-    changes it. Subclasses say in `values` what is averaged.
+    Formula: `sum(weight * value) / sum(weight)`. Both sums run over all queries, so the result does not depend on the
+    batch size or on the number of devices. Subclasses compute the values in `values`.
 
     Args:
         name: name of the metric.
-        dtype: of the sums.
+        dtype: dtype of the sums.
     """
 
     def __init__(self, name: str | None = None, dtype: Any = None) -> None:
@@ -30,21 +30,21 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
         """Adds queries to the mean.
 
         Args:
-            ranks: ints, 0 is best, as `ShardedBruteForceRetrieval.ranks` returns them: `[num_queries]`, where each has
-                one positive, or `[num_queries, m]`, where it has up to m. A negative rank stands for no positive, and
-                a query without any does not count.
-            sample_weight: `[num_queries]` weights, 0 for padding; `None` for 1.
+            ranks: ints from `ShardedBruteForceRetrieval.ranks`, 0 for the best: `[num_queries]` for one positive per
+                query, or `[num_queries, m]` for up to m positives. A negative rank means no positive. Queries without
+                positives are not counted.
+            sample_weight: `[num_queries]` weights, 0 for padding. `None` means a weight of 1 for each query.
 
         Raises:
-            TypeError: if ranks are no integers.
-            ValueError: if shapes do not fit.
+            TypeError: if `ranks` are not integers.
+            ValueError: if a shape is wrong.
         """
         ranks = ops.convert_to_tensor(ranks)
         dtype = keras.backend.standardize_dtype(ranks.dtype)
         if "int" not in dtype:
             raise TypeError(
-                f"`ranks` must be integers, 0 for the best. Received: dtype {dtype}. Pass what `ranks` of the index "
-                "returned."
+                f"`ranks` must be integers, 0 for the best. Received: dtype {dtype}. Pass the result of the index's "
+                "`ranks` method."
             )
         ranks = ops.cast(ranks, "int32")
         if len(ranks.shape) == 1:
@@ -52,7 +52,7 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
         if len(ranks.shape) != 2:
             raise ValueError(
                 "`ranks` must have shape (num_queries,) or (num_queries, m). Received: "
-                f"shape {tuple(ranks.shape)}. Pass a row for each query."
+                f"shape {tuple(ranks.shape)}. Pass one row for each query."
             )
         if ranks.shape[1] == 0:
             ranks = ops.full((ranks.shape[0], 1), -1, dtype="int32")
@@ -62,19 +62,19 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
             if tuple(sample_weight.shape) != tuple(ranks.shape[:1]):
                 raise ValueError(
                     "`sample_weight` must have one weight for each query. Received: "
-                    f"shape {tuple(sample_weight.shape)} for {ranks.shape[0]} queries. Pass a flat list."
+                    f"shape {tuple(sample_weight.shape)} for {ranks.shape[0]} queries. Pass a flat array."
                 )
             weight = ops.multiply(weight, ops.cast(sample_weight, self.dtype))
-        # Whatever a query that does not count has, it is not to reach the sum, not even as 0 times NaN.
+        # The value of a query without weight may not be finite, and 0 * NaN would make the sum NaN.
         values = ops.where(ops.equal(weight, 0), 0.0, ops.cast(self.values(ranks), self.dtype))
         self.total.assign_add(ops.sum(ops.multiply(values, weight)))
         self.count.assign_add(ops.sum(weight))
 
     def values(self, ranks: Any) -> Any:
-        """Returns what is averaged.
+        """Returns the value of each query.
 
         Args:
-            ranks: `[num_queries, m]` int, negative for none; each query that counts has one that is not.
+            ranks: `[num_queries, m]` int32, negative for no positive. Each counted query has at least one positive.
 
         Returns:
             `[num_queries]` float.
@@ -82,12 +82,12 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
         raise NotImplementedError
 
     def result(self) -> Any:
-        """Returns the mean, a scalar; 0 where nothing has been counted."""
+        """Returns the mean as a scalar; 0 if no query is counted."""
         return ops.divide_no_nan(self.total, self.count)
 
 
 class _RankMetricAtK(RankMetric):
-    # What the metric is called, before its k.
+    # The metric's name without k.
     prefix: str
 
     def __init__(self, k: int = 10, name: str | None = None, dtype: Any = None) -> None:
@@ -95,7 +95,7 @@ class _RankMetricAtK(RankMetric):
         super().__init__(name=name or f"{self.prefix}_at_{k}", dtype=dtype)
 
     def positives_and_hits(self, ranks: Any) -> tuple[Any, Any]:
-        """Returns which ranks are there, and which of them are among the first k, both as `ranks` in shape, bool."""
+        """Returns bool masks, shape of `ranks`: the positives, and the positives with ranks below k."""
         is_positive = ops.greater_equal(ranks, 0)
         return is_positive, ops.logical_and(is_positive, ops.less(ranks, self.k))
 
@@ -106,23 +106,24 @@ class _RankMetricAtK(RankMetric):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class RecallAtK(_RankMetricAtK):
-    """The share of a query's positives that are among the k best candidates of the whole corpus, averaged.
+    """Recall: the share of a query's positives among the k best candidates of the corpus, averaged over queries.
 
-    With one positive a query it is the hit rate. With several, the most that it can be is k over their number: some
-    authors divide by the smaller of the two, which this does not.
+    Formula: `recall = num_hits / num_positives`, where `num_hits` is the number of positives with rank below k, and
+    ranks start at 0. With one positive per query, this is the hit rate. With more than k positives, recall is at most
+    `k / num_positives`. Some authors divide by `min(k, num_positives)` instead.
 
     Args:
-        k: positive int, length of the list.
-        name: name of the metric; by default `recall_at_` and k.
-        dtype: of the sums.
+        k: positive int, the number of best candidates to consider.
+        name: name of the metric; by default `recall_at_{k}`.
+        dtype: dtype of the sums.
 
     Raises:
-        ValueError: if `k` is no positive int.
+        ValueError: if `k` is not a positive int.
 
     Example:
     ```python
     metric = RecallAtK(k=10)
-    metric.update_state([0, 9, 10, 250])  # of four queries, two have their positive among the first ten
+    metric.update_state([0, 9, 10, 250])  # two of four positives are among the ten best candidates
     print(float(metric.result()))  # 0.5
     ```
 
@@ -139,28 +140,28 @@ class RecallAtK(_RankMetricAtK):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class NDCGAtK(_RankMetricAtK):
-    """The discounted cumulative gain of the k best candidates over the most that it could be, averaged over queries.
+    """Normalized discounted cumulative gain (NDCG) of the k best candidates, averaged over queries.
 
-    A positive at rank r, from 0, gains `1 / log2(r + 2)` if r is less than k. The ideal list, too, is cut at k: it has
-    the smaller of k and the number of positives at its head.
+    Formula: `ndcg = dcg / ideal_dcg`. Ranks start at 0. `dcg` is the sum of `1 / log2(rank + 2)` over the positives
+    with rank below k. `ideal_dcg` is the same sum over the ranks 0 to `min(k, num_positives) - 1`.
 
     Args:
-        k: positive int, length of the list.
-        name: name of the metric; by default `ndcg_at_` and k.
-        dtype: of the sums.
+        k: positive int, the number of best candidates to consider.
+        name: name of the metric; by default `ndcg_at_{k}`.
+        dtype: dtype of the sums.
 
     Raises:
-        ValueError: if `k` is no positive int.
+        ValueError: if `k` is not a positive int.
 
     Example:
     ```python
     metric = NDCGAtK(k=10)
-    metric.update_state([[0, 2, -1]])  # one query with two positives, in the first and the third place
+    metric.update_state([[0, 2, -1]])  # one query with two positives, at positions 1 and 3
     print(float(metric.result()))  # (1 + 0.5) / (1 + 0.63) = 0.92
     ```
 
     Reference: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 20(4), 2002, with
-    binary gains and the discount `log2(1 + place)`.
+    binary gains and the discount `log2(1 + position)`.
     """
 
     prefix = "ndcg"
@@ -169,7 +170,7 @@ class NDCGAtK(_RankMetricAtK):
         """Returns the NDCG of each query."""
         is_positive, hits = self.positives_and_hits(ranks)
         gain = ops.sum(ops.where(hits, _discount(ops.where(hits, ranks, 0)), 0.0), axis=1)
-        # No list has more positives in it than the query has.
+        # A query has at most `ranks.shape[1]` positives, so the ideal list needs no more positions.
         places = ops.arange(min(self.k, ranks.shape[1]), dtype="int32")
         at_head = ops.less(ops.expand_dims(places, 0), ops.sum(ops.cast(is_positive, "int32"), axis=1, keepdims=True))
         ideal = ops.sum(ops.where(at_head, ops.expand_dims(_discount(places), 0), 0.0), axis=1)
@@ -178,13 +179,14 @@ class NDCGAtK(_RankMetricAtK):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class MeanReciprocalRank(RankMetric):
-    """The reciprocal place of a query's best positive in the list of the whole corpus, averaged.
+    """Mean reciprocal rank (MRR) of a query's best positive in the whole corpus.
 
-    The first place has 1, the second 1/2. The list is not cut.
+    Formula: `mrr = mean(1 / (best_rank + 1))` over queries, where `best_rank` is the lowest rank of a query's
+    positives, and ranks start at 0. The list has no cutoff.
 
     Args:
         name: name of the metric.
-        dtype: of the sums.
+        dtype: dtype of the sums.
 
     Example:
     ```python

@@ -1,4 +1,4 @@
-"""Sets up every test: the JAX backend on 8 virtual CPU devices, fixed seeds, no distribution left over."""
+"""Setup of every test: the JAX backend on 8 virtual CPU devices, fixed seeds, and no distribution from other tests."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ import tempfile
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Threads of XLA's pool: with one a core, 8 devices that wait for one another in collectives can starve.
+# Threads of XLA's pool. With one per core, 8 devices that wait for each other in collectives can run out of threads.
 os.environ.setdefault("NPROC", "64")
 
 import jax
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Most tests build a model anew, whose programs are those of another test's: XLA compiles each once a process.
-# Processes share no folder, for JAX does not write these files atomically.
+# Many tests build the same model again. With this cache, XLA compiles each program once per process. Each process has
+# its own directory, because JAX does not write these files atomically.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -42,7 +42,7 @@ def data_parallel(num_devices: int) -> keras.distribution.DataParallel:
 
 
 def model_parallel(shape: tuple[int, int] = (2, 4), pattern: str = ".*movie.*embeddings"):
-    """A 2-D mesh that splits batches over `batch` and the rows of the matching tables over `model`."""
+    """A 2-D mesh that splits batches over the axis `batch`, and the rows of matching tables over `model`."""
     devices = jax.devices()[: shape[0] * shape[1]]
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, ("batch", "model"), devices))
     layout_map[pattern] = ("model", None)
@@ -62,7 +62,7 @@ DISTRIBUTIONS = {
 
 @pytest.fixture(params=DISTRIBUTIONS)
 def distribution(request):
-    """Each distribution in turn, in force."""
+    """Runs the test under each distribution."""
     result = DISTRIBUTIONS[request.param]()
     keras.distribution.set_distribution(result)
     return result

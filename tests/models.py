@@ -1,4 +1,4 @@
-"""The tutorial's model with the tied index, as a user writes it."""
+"""Test models: the tutorial's model with a tied index, and a model with additional negatives."""
 
 import keras
 import keras_rs
@@ -15,7 +15,7 @@ def brute_force(k=5, return_scores=False, **kwargs):
 
 @keras.saving.register_keras_serializable(package="tests")
 class RetrievalModel(keras.Model):
-    """Its attributes may bear any names, for Keras saves and loads them in the names' order."""
+    """The tutorial's model. Its attributes can have any names, because Keras saves and loads them in order of name."""
 
     def __init__(
         self, num_users, num_movies, tower_name="candidate_embedding", index_name="retrieval", k=5, mesh_axis=None,
@@ -68,7 +68,7 @@ def predictions(model):
 
 @keras.saving.register_keras_serializable(package="tests")
 class NegativesModel(keras.Model):
-    """In-batch softmax with further negatives. Row 0 of the movies is padding."""
+    """In-batch softmax with additional negatives. Row 0 of the movies is padding."""
 
     def __init__(self, num_users, num_movies, mixed_negatives=None, memory=None, **kwargs):
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""What the package computes, written from the formulas as NumPy loops in float64. Imports nothing of the package."""
+"""The formulas of the package as NumPy loops in float64. Does not import the package."""
 
 import math
 
@@ -31,7 +31,7 @@ def softmax_rows(
     candidate_mask=None,
     num_hard_negatives=None,
 ):
-    """The logits of each query, its positive first, with those that are out of the running left out."""
+    """The logits of each query, its positive first, without those of excluded candidates."""
     rows = []
     for i, query in enumerate(queries):
         positive, kept = None, []
@@ -70,7 +70,7 @@ def softmax_loss(queries, candidates, *, sample_weight=None, candidate_mask=None
 
 
 def local_softmax_loss(queries, candidates, num_parts, *, sample_weight=None, **arguments):
-    """The same where a query's negatives are the candidates of its own part of the batch and the extra ones."""
+    """`softmax_loss` if a query's negatives are the candidates of its own part of the batch, and the extra ones."""
     size, extra = len(queries) // num_parts, range(len(queries), len(candidates))
     total, count = 0.0, 0
     for part in range(num_parts):
@@ -93,7 +93,7 @@ BY_CANDIDATE = ("candidate_sampling_probability", "candidate_ids", "candidate_ma
 def squared_error_loss(
     queries, candidates, labels, *, sample_weight=None, candidate_mask=None, similarity="dot", temperature=None
 ):
-    """Mean squared error of each query's score with its own candidate, over the valid rows."""
+    """Mean squared error between labels and the scores of each query and its own candidate, over the valid rows."""
     total, count = 0.0, 0
     for i, label in enumerate(labels):
         if candidate_mask is not None and not candidate_mask[i]:
@@ -120,14 +120,14 @@ def gradient(function, values, step=1e-5):
 
 
 def order_key(score):
-    """What is no number ranks as -inf."""
+    """NaN ranks as -inf."""
     return -math.inf if math.isnan(score) else score
 
 
 def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=(), exclude_ids_by_query=None):
-    """The ids of the k best rows of each query, and their scores; equal scores by lower row.
+    """The scores and ids of the k best rows of each query. Equal scores rank by lower row.
 
-    Where fewer remain, the rest are -1 and -inf; a query that is not a number has -1 and NaN alone.
+    If fewer than k rows remain, the rest are -inf and -1. The results of a query with NaN are all NaN and -1.
     """
     ids = range(len(table)) if ids is None else ids
     all_scores, all_ids = [], []
@@ -152,7 +152,7 @@ def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=(), excl
 
 
 def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_ids_by_query=None, similarity="dot"):
-    """The place of one candidate in each query's whole list; the number of candidates where it is not in the list."""
+    """The rank of one candidate in the whole list of each query, or `len(table)` if it is not in the list."""
     _, lists = top_k(
         queries,
         table,
@@ -169,25 +169,25 @@ def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_id
 
 
 def recall(ranks, k):
-    """The share of a query's positives that are among its first k; -1 stands for no positive."""
+    """The share of a query's positives with a rank below k. Ranks of -1 are padding."""
     positives = [int(rank) for rank in ranks if rank >= 0]
     return sum(rank < k for rank in positives) / len(positives)
 
 
 def ndcg(ranks, k):
-    """The discounted gain of the positives among the first k over that of a list with all of them in front."""
+    """The discounted gain of the positives among the first k, divided by that of the ideal list."""
     positives = [int(rank) for rank in ranks if rank >= 0]
     gain = sum(1 / math.log2(rank + 2) for rank in positives if rank < k)
     return gain / sum(1 / math.log2(place + 2) for place in range(min(k, len(positives))))
 
 
 def reciprocal_rank(ranks):
-    """One over the place, from 1, of the best positive."""
+    """`1 / (1 + rank)` of the best positive."""
     return 1 / (1 + min(int(rank) for rank in ranks if rank >= 0))
 
 
 def mean_over_queries(value, ranks, sample_weight=None):
-    """The weighted mean of a value over the queries that have a positive, 0 without any."""
+    """The weighted mean of a value over the queries that have a positive, or 0 if none has."""
     total, count = 0.0, 0.0
     for number, row in enumerate(np.reshape(ranks, (len(ranks), -1)).tolist()):
         if max(row) < 0:
@@ -199,9 +199,10 @@ def mean_over_queries(value, ranks, sample_weight=None):
 
 
 def sampling_probability(batches, num_candidates, window, masks=None):
-    """Each candidate's exponentially averaged share of the examples, after each batch, `[num_batches, n]`.
+    """The exponential moving average of each candidate's share of the examples, `[num_batches, num_candidates]`.
 
-    A batch of n examples has the weight of n examples: what came before fades by `exp(-n / window)`.
+    Row i is the average after batch i. A batch of n examples multiplies the weight of earlier ones by
+    `exp(-n / window)`.
     """
     share, results = np.zeros(num_candidates), []
     for number, batch in enumerate(batches):
@@ -217,7 +218,7 @@ def sampling_probability(batches, num_candidates, window, masks=None):
 
 
 def group_candidate_ids(query_ids, candidate_ids, queries):
-    """The candidates of each query, each once, in the order of the pairs, in rows filled with -1."""
+    """The unique candidates of each query, in the order of the pairs, in rows padded with -1."""
     pairs = list(zip(query_ids, candidate_ids, strict=True))
     rows = [list(dict.fromkeys(c for q, c in pairs if q == query)) for query in queries]
     width = max([1, *map(len, rows)])
@@ -225,7 +226,7 @@ def group_candidate_ids(query_ids, candidate_ids, queries):
 
 
 def cross_batch_memory(batches, capacity, masks=None):
-    """What the memory holds before each batch and after the last: rows, by place, `None` where it is still empty.
+    """The rows in the memory before each batch and after the last, by place; `None` for empty places.
 
     A batch is a list of rows of any kind.
     """
@@ -240,7 +241,7 @@ def cross_batch_memory(batches, capacity, masks=None):
 
 
 def mixed_sampling_probability(ids, in_batch_probability, num_candidates, num_in_batch, num_negatives, exclude_ids=()):
-    """How often each id is expected among all draws, over their number."""
+    """The expected number of draws of each id, divided by the number of all draws."""
     num_drawn_from = len(set(range(num_candidates)) - set(exclude_ids))
     results = []
     for candidate in ids:
@@ -265,7 +266,7 @@ def row_optimizer_step(
     beta_1=0.9,
     beta_2=0.999,
 ):
-    """The table and its slots after a step; negative ids count from the end, one out of range stops the step."""
+    """The table and its slots after a step. Negative ids count from the end. An id out of range prevents the step."""
     table, slots = np.array(table, np.float64), {name: np.array(slot, np.float64) for name, slot in slots.items()}
     sums = {}
     for row, gradient in zip(np.ravel(ids).tolist(), np.reshape(gradients, (-1, table.shape[1])), strict=True):
@@ -284,7 +285,7 @@ def row_optimizer_step(
         if kind == "lazy_adam":
             slots["momentum"][row] = beta_1 * slots["momentum"][row] + (1 - beta_1) * gradient
             slots["velocity"][row] = beta_2 * slots["velocity"][row] + (1 - beta_2) * gradient**2
-            # As Keras writes it: epsilon joins the root before the bias is corrected.
+            # As in Keras, epsilon is added to the root before bias correction.
             rate = learning_rate * math.sqrt(1 - beta_2**step) / (1 - beta_1**step)
             change = rate * slots["momentum"][row] / (np.sqrt(slots["velocity"][row]) + epsilon)
         table[row] -= change

@@ -13,7 +13,7 @@ def sizes_of(batches):
 
 
 def kept(batches):
-    """The rows that count, of all batches, each array by itself; and their weights."""
+    """The rows of all batches whose weight is not 0, concatenated for each array, and their weights."""
     batches = list(batches)
     rows = [
         keras.tree.map_structure(
@@ -38,7 +38,7 @@ def data_of(num_rows):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of given sizes, one after the other."""
+    """Consecutive batches of given sizes."""
 
     def __init__(self, sizes, data=None, **kwargs):
         super().__init__(**kwargs)
@@ -75,7 +75,7 @@ def dataset_of(sizes, num_parts=3):
         (np.arange(8), 8),
     ],
 )
-def test_arrays_are_cut_and_filled_up(x, num_rows):
+def test_arrays_are_batched_and_padded(x, num_rows):
     batches = list(pad_batches(x, 4, batch_size=6))
     assert all(isinstance(batch, tuple) and len(batch) == 3 for batch in batches)
     assert sizes_of(batches) == ([8] if num_rows <= 6 else [8, 4])
@@ -85,7 +85,7 @@ def test_arrays_are_cut_and_filled_up(x, num_rows):
     np.testing.assert_array_equal(sample_weight, np.ones(num_rows, "float32"), strict=True)
 
 
-def test_added_rows_repeat_the_last():
+def test_padding_rows_repeat_the_last_row():
     ((x, y, sample_weight),) = pad_batches((np.array([3, 1, 2]), np.array([[5.0], [6.0], [7.0]])), 5)
     np.testing.assert_array_equal(x, [3, 1, 2, 2, 2])
     np.testing.assert_array_equal(y, [[5.0], [6.0], [7.0], [7.0], [7.0]])
@@ -94,7 +94,7 @@ def test_added_rows_repeat_the_last():
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 @pytest.mark.parametrize("multiple", [1, 3, 8, 100])
-def test_each_row_comes_back_once_and_in_order(num_parts, multiple):
+def test_each_row_is_returned_once_and_in_order(num_parts, multiple):
     data = data_of(29)[:num_parts]
     batches = pad_batches(data, multiple, batch_size=7)
     assert isinstance(batches, PaddedBatches)
@@ -106,17 +106,17 @@ def test_each_row_comes_back_once_and_in_order(num_parts, multiple):
         np.testing.assert_array_equal(sample_weight, data[2] if num_parts > 2 else np.ones(29, "float32"), strict=True)
 
 
-def test_32_examples_make_a_batch_by_default():
+def test_the_default_batch_size_is_32():
     batches = pad_batches(np.arange(70), 5)
     assert sizes_of(batches) == [35, 35, 10]
     assert (batches.num_batches, batches.batch_size) == (3, 32)
 
 
-def test_given_weights_are_kept_and_those_of_added_rows_are_zero():
+def test_given_weights_are_kept_and_padding_rows_have_weight_0():
     for dtype in ("float32", "float64", "int32"):
         ((_, _, sample_weight),) = pad_batches((np.zeros(3), np.zeros(3), np.array([2, 0, 5], dtype)), 4)
         np.testing.assert_array_equal(sample_weight, np.array([2, 0, 5, 0], dtype if dtype != "float64" else None))
-    # One a step of a sequence, and one an output.
+    # One weight per step of a sequence, and one weight per output.
     weights = {"a": np.full((3, 2), 4.0), "b": np.full(3, 5.0)}
     y = {"a": np.zeros((3, 2)), "b": np.zeros(3)}
     ((_, _, sample_weight),) = pad_batches((np.zeros(3), y, weights), 4)
@@ -125,7 +125,7 @@ def test_given_weights_are_kept_and_those_of_added_rows_are_zero():
 
 
 @pytest.mark.parametrize("shuffle", [True, "batch"])
-def test_shuffled_rows_stay_together_and_are_all_there(shuffle):
+def test_shuffling_keeps_each_row_and_its_weight_together(shuffle):
     data = data_of(29)
     batches = pad_batches(data, 8, batch_size=10, shuffle=shuffle)
     orders = []
@@ -138,13 +138,13 @@ def test_shuffled_rows_stay_together_and_are_all_there(shuffle):
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_the_distribution_that_counts_is_that_of_the_reading():
+def test_the_distribution_in_force_when_batches_are_read_sets_the_multiple():
     batches = pad_batches(np.arange(5))
     keras.distribution.set_distribution(data_parallel(8))
     assert sizes_of(batches) == [8]
     keras.distribution.set_distribution(data_parallel(3))
     assert sizes_of(batches) == [6]
-    # Of the mesh, only the axis that splits batches.
+    # Only the mesh axis that splits batches counts.
     keras.distribution.set_distribution(model_parallel((2, 4)))
     assert sizes_of(batches) == [6]
     assert sizes_of(pad_batches(np.arange(5), 7)) == [7]
@@ -156,7 +156,7 @@ def test_the_distribution_that_counts_is_that_of_the_reading():
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])
-def test_batches_of_a_dataset_are_filled_up(drop_remainder):
+def test_batches_of_a_dataset_are_padded(drop_remainder):
     data = data_of(21)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(8, drop_remainder=drop_remainder)
     batches = pad_batches(dataset, 3)
@@ -169,7 +169,7 @@ def test_batches_of_a_dataset_are_filled_up(drop_remainder):
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 def test_batches_may_be_short_and_empty_anywhere(num_parts):
-    """A filter leaves what it leaves: here of batches of a size that no shape names."""
+    """A filter can leave batches of any size. The shapes of this dataset do not state the batch size."""
     sizes = [5, 0, 8, 1, 0]
     batches = pad_batches(dataset_of(sizes, num_parts), 4)
     data = data_of(14)
@@ -185,7 +185,7 @@ def test_batches_may_be_short_and_empty_anywhere(num_parts):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_of_a_py_dataset_are_filled_up(workers):
+def test_batches_of_a_py_dataset_are_padded(workers):
     dataset = Batches([5, 8, 3], workers=workers)
     batches = pad_batches(dataset, 4)
     for epoch in range(2):
@@ -206,7 +206,7 @@ def test_batches_of_a_py_dataset_may_be_shuffled():
     assert (orders[0] != orders[1]).any()
 
 
-def test_batches_of_a_generator_are_filled_up():
+def test_batches_of_a_generator_are_padded():
     batches = pad_batches((batch for batch in Batches([5, 8, 3])), 4)
     assert batches.num_batches is None
     found = list(batches)
@@ -214,14 +214,14 @@ def test_batches_of_a_generator_are_filled_up():
     assert_equal(kept(found), data_of(16))
 
 
-def test_padded_batches_may_be_padded_anew():
+def test_padded_batches_may_be_padded_again():
     batches = pad_batches(pad_batches(data_of(5), 4), 3)
     assert sizes_of(batches) == [6]
     assert_equal(kept(batches), data_of(5))
 
 
 @pytest.mark.parametrize("data", [tf.data.Dataset.from_tensor_slices(np.zeros(0)).batch(4), np.zeros((0, 2))])
-def test_data_without_batches_are_refused(data):
+def test_data_without_batches_raise(data):
     batches = pad_batches(data, 4)
     with pytest.raises(ValueError, match="Received: one without any"):
         next(iter(batches))
@@ -256,7 +256,7 @@ def random_data(rng, num_rows, is_weighted):
 
 
 def results_of(batches, num_epochs=2):
-    """Weights after training, metrics, and predictions; the loss that Keras logs averages batches by their length."""
+    """The weights, metrics and history of a trained model. Without the loss, which Keras averages by batch length."""
     model = model_of_two_outputs()
     history = model.fit(batches, epochs=num_epochs, verbose=0, shuffle=False).history
     metrics = model.evaluate(batches, return_dict=True, verbose=0)
@@ -267,12 +267,12 @@ def results_of(batches, num_epochs=2):
 
 
 @pytest.mark.parametrize(("kind", "is_weighted"), [("arrays", True), ("dataset", False), ("empty batches", True)])
-def test_training_on_8_devices_is_that_on_one(rng, kind, is_weighted):
+def test_8_devices_train_like_one(rng, kind, is_weighted):
     data = random_data(rng, 45, is_weighted)
     if kind == "empty batches":
         whole, with_empty = Batches([15, 30], data=data), Batches([0, 15, 0, 30, 0], data=data)
     else:
-        # Keras cuts the same batches of arrays.
+        # From arrays, Keras makes the same batches.
         whole = with_empty = tf.data.Dataset.from_tensor_slices(data).batch(30)
     expected = results_of(whole)
     keras.distribution.set_distribution(data_parallel(8))
@@ -281,7 +281,7 @@ def test_training_on_8_devices_is_that_on_one(rng, kind, is_weighted):
         np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-5)
 
 
-def test_validation_and_predictions(rng):
+def test_validation_and_predictions_ignore_padding(rng):
     x, y = random_data(rng, 21, is_weighted=False)
     model = model_of_two_outputs()
     expected = model.predict(x, verbose=0)
@@ -304,12 +304,12 @@ def test_validation_and_predictions(rng):
 
 
 @pytest.mark.parametrize("multiple", [0, -8, 2.0, "8", True])
-def test_multiple_is_a_positive_int(multiple):
+def test_multiple_must_be_a_positive_int(multiple):
     with pytest.raises(ValueError, match=f"`multiple` must be a positive int. Received: multiple={multiple!r}"):
         pad_batches(np.arange(3), multiple)
 
 
-def test_arrays_of_different_lengths_are_refused():
+def test_arrays_of_different_lengths_raise():
     with pytest.raises(ValueError, match=r"Received: arrays of lengths \[2, 3\]"):
         pad_batches((np.zeros(3), np.zeros(2)), 4)
     for batches in (
@@ -321,7 +321,7 @@ def test_arrays_of_different_lengths_are_refused():
 
 
 @pytest.mark.parametrize("data", [3, "abc"])
-def test_what_is_no_data_is_refused(data):
+def test_unrecognized_data_raise(data):
     with pytest.raises(ValueError, match="Unrecognized data type"):
         pad_batches(data, 4)
 
@@ -330,30 +330,30 @@ def test_padded_batches_keep_their_multiple():
     assert sizes_of(pad_batches(pad_batches(np.arange(3), 4))) == [4]
 
 
-def test_arrays_of_different_lengths_in_a_dict_are_refused():
+def test_arrays_of_different_lengths_in_a_dict_raise():
     with pytest.raises(ValueError, match="2"):
         pad_batches({"a": np.zeros(3), "b": np.zeros(2)}, 4)
 
 
-def test_weights_beside_a_dataset_are_refused():
-    """What a dataset holds comes with it."""
+def test_separate_weights_for_a_dataset_raise():
+    """A dataset must hold its own weights."""
     dataset = tf.data.Dataset.from_tensor_slices(np.arange(8.0)).batch(4)
     for data in (dataset, pad_batches(dataset)):
         with pytest.raises(ValueError, match="sample_weight"):
             padded_batches(data, sample_weight=np.ones(8))
 
 
-def test_batch_sizes_are_positive():
+def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="`batch_size` must be a positive int"):
         pad_batches(np.zeros(3), batch_size=0)
 
 
-def test_no_data_are_refused():
+def test_missing_data_raise():
     with pytest.raises(ValueError, match="None"):
         pad_batches(None, 4)
 
 
-def test_a_generator_that_has_been_read_is_not_read_again_in_part():
+def test_a_generator_can_be_read_only_once():
     batches = pad_batches((batch for batch in Batches([5, 8, 3])), 4)
     list(batches)
     with pytest.raises(ValueError, match="A generator can be read once"):

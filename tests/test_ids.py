@@ -20,18 +20,18 @@ def test_integers_of_any_width_become_int32(ids):
     np.testing.assert_array_equal(result, [3, 1])
 
 
-def test_no_ids_are_fine():
+def test_an_empty_list_of_ids_is_valid():
     assert check_candidate_ids([]).dtype == np.int32
 
 
 @pytest.mark.parametrize("ids", [["a", "b"], [1.0, 2.0], [True, False], [None], [[1], [2, 3]]])
-def test_what_is_no_integer_is_refused(ids):
+def test_ids_that_are_not_integers_raise(ids):
     with pytest.raises(TypeError, match=r"must be (an array of )?integers"):
         check_candidate_ids(ids)
 
 
 @pytest.mark.parametrize("number", [2**31, -(2**31) - 1, 2**62, 2**70])
-def test_what_int32_cannot_hold_is_refused(number):
+def test_ids_outside_int32_raise(number):
     with pytest.raises(ValueError, match=str(number)):
         check_candidate_ids([0, number])
 
@@ -45,12 +45,12 @@ def test_what_int32_cannot_hold_is_refused(number):
         ([0, 1, -1], "-1"),
     ],
 )
-def test_ids_of_a_corpus_are_one_for_each_candidate(ids, words):
+def test_a_corpus_needs_one_valid_id_for_each_candidate(ids, words):
     with pytest.raises(ValueError, match=words):
         check_corpus_ids(ids, 3, [])
 
 
-def test_row_numbers_are_the_ids_where_none_are_given():
+def test_row_numbers_are_the_default_ids():
     assert check_corpus_ids(None, 3, [2]) is None
     with pytest.raises(ValueError, match="3 for 3 candidates with ids 0 to 2"):
         check_corpus_ids(None, 3, [3])
@@ -59,22 +59,22 @@ def test_row_numbers_are_the_ids_where_none_are_given():
 @pytest.mark.parametrize(
     "exclude_ids", [[3, 1, 3], (1, 3), {3, 1}, np.array([1, 3]), range(1, 4, 2), {1: 0, 3: 0}.keys(), iter([3, 1])]
 )
-def test_ids_to_leave_out_come_in_any_collection(exclude_ids):
+def test_exclude_ids_may_be_any_collection(exclude_ids):
     assert check_exclude_ids(exclude_ids) == [1, 3]
 
 
 @pytest.mark.parametrize("exclude_ids", [0, [[1], [2]], "ab"])
-def test_ids_to_leave_out_are_a_flat_collection(exclude_ids):
+def test_exclude_ids_must_be_a_flat_collection(exclude_ids):
     with pytest.raises(TypeError, match="`exclude_ids` must be"):
         check_exclude_ids(exclude_ids)
 
 
-# Pairs of a query and a candidate.
+# Groups of candidate ids.
 
 
 @pytest.mark.parametrize("num_queries", [1, 7, 40])
-def test_pairs_become_a_row_for_each_query(rng, num_queries):
-    """Of unsorted queries, some without pairs, among pairs of queries that are not wanted."""
+def test_group_candidate_ids_returns_one_row_for_each_query(rng, num_queries):
+    """The queries are unsorted, some have no pairs, and some pairs belong to other queries."""
     names = rng.choice(np.arange(-100, 100), 60, replace=False)
     query_ids, candidate_ids = rng.choice(names[:50], 300), rng.integers(0, 30, 300)
     queries = rng.permutation(
@@ -91,9 +91,9 @@ def test_pairs_become_a_row_for_each_query(rng, num_queries):
     ("query_ids", "candidate_ids", "queries", "expected"),
     [
         ([7, 8, 7], [100, 200, 300], [8, 7], [[200, -1], [100, 300]]),
-        # Twice the same pair.
+        # A duplicate pair.
         ([7, 7, 7, 8], [3, 1, 3, 3], [8, 7], [[3, -1], [3, 1]]),
-        # Larger and smaller than every query wanted, and between them.
+        # Pairs of other queries, with ids below, between and above the requested ones.
         ([1, 9, 5, 4], [10, 90, 50, 40], [6, 4], [[-1], [40]]),
         ([7, 8], [1, 2], [5], [[-1]]),
         ([], [], [5, 4], [[-1], [-1]]),
@@ -103,7 +103,7 @@ def test_pairs_become_a_row_for_each_query(rng, num_queries):
         ([-(2**31), 2**31 - 1], [0, 2**31 - 1], [2**31 - 1, -(2**31)], [[2**31 - 1], [0]]),
     ],
 )
-def test_pairs_by_hand(query_ids, candidate_ids, queries, expected):
+def test_group_candidate_ids_by_hand(query_ids, candidate_ids, queries, expected):
     result = group_candidate_ids(query_ids, candidate_ids, queries)
     assert result.dtype == np.int32
     np.testing.assert_array_equal(result, expected)
@@ -112,7 +112,7 @@ def test_pairs_by_hand(query_ids, candidate_ids, queries, expected):
 @pytest.mark.parametrize(
     ("query_ids", "candidate_ids", "queries", "error", "words"),
     [
-        ([1], [2], [5, 3, 5], ValueError, "`queries` must differ from one another. Received: 5 twice"),
+        ([1], [2], [5, 3, 5], ValueError, "`queries` must be unique. Received: 5 twice"),
         ([1, 2], [3], [1], ValueError, r"shapes \(2,\), \(1,\) and \(1,\)"),
         ([[1, 2]], [[3, 4]], [1], ValueError, r"shapes \(1, 2\), \(1, 2\) and \(1,\)"),
         ([1], [3], [[1]], ValueError, r"and \(1, 1\)"),
@@ -120,10 +120,10 @@ def test_pairs_by_hand(query_ids, candidate_ids, queries, expected):
         ([1.0], [3], [1], TypeError, "`query_ids` must be integers"),
         ([1], ["b"], [1], TypeError, "`candidate_ids` must be integers"),
         ([1], [3], [True], TypeError, "`queries` must be integers"),
-        ([2**31], [3], [1], ValueError, "`query_ids` must lie in"),
-        ([1], [3], [2**32 + 1], ValueError, "`queries` must lie in"),
+        ([2**31], [3], [1], ValueError, r"`query_ids` must be in \["),
+        ([1], [3], [2**32 + 1], ValueError, r"`queries` must be in \["),
     ],
 )
-def test_pairs_that_do_not_fit_are_refused(query_ids, candidate_ids, queries, error, words):
+def test_invalid_arguments_of_group_candidate_ids_raise(query_ids, candidate_ids, queries, error, words):
     with pytest.raises(error, match=words):
         group_candidate_ids(query_ids, candidate_ids, queries)

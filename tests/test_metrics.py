@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_rs_contrib import MeanReciprocalRank, NDCGAtK, RecallAtK
 
-# A metric, and what it averages.
+# Each metric, and its reference value for one query.
 METRICS = {
     **{f"recall_at_{k}": (RecallAtK(k), functools.partial(reference.recall, k=k)) for k in (3, 1000)},
     **{f"ndcg_at_{k}": (NDCGAtK(k), functools.partial(reference.ndcg, k=k)) for k in (3, 1000)},
@@ -27,7 +27,7 @@ def metric_and_value(request):
 
 
 def random_ranks(rng, num_queries, m=None):
-    """Ranks that differ within a query, as those of different candidates do, with about a third of them missing."""
+    """Returns ranks, distinct within a query. With several per query, about a third are missing (-1)."""
     if m is None:
         return rng.integers(0, 20, num_queries).astype("int32")
     ranks = np.stack([rng.permutation(4 * m)[:m] for _ in range(num_queries)]).astype("int32")
@@ -37,7 +37,7 @@ def random_ranks(rng, num_queries, m=None):
 
 @pytest.mark.parametrize("m", [None, 1, 7])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_values_are_those_of_the_formula(rng, metric_and_value, m, is_weighted):
+def test_results_match_the_formula(rng, metric_and_value, m, is_weighted):
     metric, value = metric_and_value
     ranks = random_ranks(rng, 40, m)
     sample_weight = rng.choice([0.0, 0.5, 1.0, 3.0], 40) if is_weighted else None
@@ -53,7 +53,7 @@ def test_values_are_those_of_the_formula(rng, metric_and_value, m, is_weighted):
         (RecallAtK(1), [[0, 1, 2, 3]], 1 / 4),
         (RecallAtK(5), [[4, -1], [5, -1]], 0.5),
         (NDCGAtK(3), [0, 2, 3], (1 + 0.5 + 0) / 3),
-        # Three positives, but two places: the first two of them make the list ideal.
+        # Three positives, but two positions: the list is ideal.
         (NDCGAtK(2), [[1, 0, 9]], 1.0),
         (NDCGAtK(5), [[0, 2, -1]], 1.5 / (1 + 1 / np.log2(3))),
         (NDCGAtK(2), [[1, -1, -1]], 1 / np.log2(3)),
@@ -62,7 +62,7 @@ def test_values_are_those_of_the_formula(rng, metric_and_value, m, is_weighted):
         (MeanReciprocalRank(), [2**30], 2**-30),
     ],
 )
-def test_values_by_hand(metric, ranks, expected):
+def test_results_by_hand(metric, ranks, expected):
     metric = type(metric).from_config(metric.get_config())
     metric.update_state(ranks)
     np.testing.assert_allclose(metric.result(), expected, rtol=1e-6)
@@ -78,7 +78,7 @@ def test_the_order_of_a_querys_positives_does_not_matter(rng, metric_and_value):
     np.testing.assert_allclose(metric.result(), expected, rtol=1e-6)
 
 
-def test_queries_without_positives_do_not_count(rng, metric_and_value):
+def test_queries_without_positives_are_not_counted(rng, metric_and_value):
     metric, _ = metric_and_value
     ranks = random_ranks(rng, 10, 7)
     ranks[:, 0] = rng.integers(0, 5, 10)
@@ -89,7 +89,7 @@ def test_queries_without_positives_do_not_count(rng, metric_and_value):
     assert float(metric.count) == 10
 
 
-def test_nothing_counted_is_zero(metric_and_value):
+def test_the_result_without_counted_queries_is_zero(metric_and_value):
     metric, _ = metric_and_value
     assert float(metric.result()) == 0
     metric.update_state([-1, -1])
@@ -98,8 +98,8 @@ def test_nothing_counted_is_zero(metric_and_value):
     assert float(metric.result()) == 0
 
 
-def test_many_batches_are_one(rng, metric_and_value):
-    """Unlike a mean of the batches' means, which uneven batches and weights would show."""
+def test_the_result_does_not_depend_on_the_batches(rng, metric_and_value):
+    """A mean of batch means would differ, because the batches and their weights are uneven."""
     metric, value = metric_and_value
     ranks, sample_weight = random_ranks(rng, 100, 7), rng.random(100) * 5
     for rows in np.split(np.arange(100), [40, 50, 90]):
@@ -107,7 +107,7 @@ def test_many_batches_are_one(rng, metric_and_value):
     np.testing.assert_allclose(metric.result(), reference.mean_over_queries(value, ranks, sample_weight), rtol=1e-6)
 
 
-def test_reset_state_forgets(metric_and_value):
+def test_reset_state_clears_the_sums(metric_and_value):
     metric, value = metric_and_value
     metric.update_state([0, 15], [3.0, 5.0])
     metric.reset_state()
@@ -117,14 +117,14 @@ def test_reset_state_forgets(metric_and_value):
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 8])
-def test_any_number_of_devices_gives_the_same(rng, metric_and_value, num_devices):
+def test_the_result_does_not_depend_on_the_number_of_devices(rng, metric_and_value, num_devices):
     metric, value = metric_and_value
     ranks, sample_weight = random_ranks(rng, 29, 3), rng.random(29).astype("float32")
     expected = reference.mean_over_queries(value, ranks, sample_weight)
     keras.distribution.set_distribution(data_parallel(num_devices))
     metric = type(metric).from_config(metric.get_config())
     padding = -29 % num_devices
-    # Rank 0 would help every metric if weight 0 did not keep it out.
+    # Padding queries have rank 0, which would increase each metric if they did not have weight 0.
     ranks = np.pad(ranks, ((0, padding), (0, 0)))
     sample_weight = np.pad(sample_weight, (0, padding))
     mesh = keras.distribution.distribution().device_mesh.backend_mesh
@@ -140,8 +140,8 @@ def test_any_number_of_devices_gives_the_same(rng, metric_and_value, num_devices
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_ranks_give_what_the_formula_does(data):
-    """Few shapes, so that few programs are compiled."""
+def test_results_for_random_ranks_match_the_formula(data):
+    """Uses few shapes, so that few programs are compiled."""
     num_queries, m = data.draw(st.sampled_from([(1, 1), (4, 3)]))
     k = data.draw(st.sampled_from([1, 2, 100]))
     row = st.lists(st.integers(-1, 9), min_size=m, max_size=m, unique_by=lambda rank: rank if rank >= 0 else object())
@@ -168,8 +168,8 @@ def test_ranks_may_be_integers_of_any_width(name, dtype):
     np.testing.assert_allclose(metric.result(), (value([0, 5]) + value([3, 100])) / 2, rtol=1e-6)
 
 
-def test_a_query_that_does_not_count_spoils_nothing():
-    """A subclass whose value is no number where there is no positive."""
+def test_values_of_uncounted_queries_may_be_nan_or_infinite():
+    """Uses a subclass with the value NaN for weight 0, and an infinite value for no positive."""
 
     class Inverse(MeanReciprocalRank):
         def values(self, ranks):
@@ -192,7 +192,7 @@ def test_metrics_round_trip(metric):
         assert getattr(restored, "k", None) == getattr(metric, "k", None)
 
 
-def test_name_dtype_and_numpy_integers_are_kept():
+def test_config_keeps_name_dtype_and_numpy_k():
     metric = NDCGAtK(np.int64(5), name="best", dtype="float64")
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(metric))
     assert (restored.name, restored.k, type(restored.k)) == ("best", 5, int)
@@ -203,7 +203,7 @@ def test_name_dtype_and_numpy_integers_are_kept():
 
 @pytest.mark.parametrize("metric", [RecallAtK, NDCGAtK])
 @pytest.mark.parametrize("k", [0, -1, 2.0, "3", None, True])
-def test_k_is_a_positive_int(metric, k):
+def test_k_must_be_a_positive_int(metric, k):
     with pytest.raises(ValueError, match=rf"`k` must be a positive int. Received: k={k!r}"):
         metric(k)
 
@@ -221,7 +221,7 @@ def test_k_is_a_positive_int(metric, k):
         ([1, 2], 1.0, ValueError, r"shape \(\) for 2 queries"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_it_counts(metric_and_value, ranks, sample_weight, error, words):
+def test_invalid_arguments_raise_and_change_no_state(metric_and_value, ranks, sample_weight, error, words):
     metric, _ = metric_and_value
     metric.update_state([0])
     with pytest.raises(error, match=words):
@@ -230,12 +230,12 @@ def test_what_does_not_fit_is_refused_before_it_counts(metric_and_value, ranks, 
 
 
 @pytest.mark.parametrize("metric", [RecallAtK(1000), NDCGAtK(1000)])
-def test_k_may_be_more_than_the_dtype_of_ranks_holds(metric):
+def test_k_may_exceed_the_range_of_the_dtype_of_ranks(metric):
     metric.update_state(np.array([0, 0], "int8"))
     assert float(metric.result()) == 1
 
 
-def test_no_place_for_a_positive_is_no_positive():
+def test_ranks_without_columns_have_no_positives():
     metric = MeanReciprocalRank()
     metric.update_state(np.zeros((3, 0), "int32"))
     assert float(metric.result()) == 0

@@ -1,5 +1,6 @@
-"""What a user meets first: the README, the docstrings' examples, another backend."""
+"""What a user sees first: the README, the examples in docstrings, another backend."""
 
+import ast
 import os
 import pathlib
 import re
@@ -31,6 +32,17 @@ def test_the_quick_start_runs_as_printed(tmp_path):
     assert result.stdout.endswith("(2, 3) (2, 3)\n")
 
 
+@pytest.mark.parametrize("path", ["README.md", "examples/benchmarks/README.md"])
+def test_the_python_blocks_run_in_order(path, tmp_path, monkeypatch):
+    """Fragments, which contain `...`, are only parsed. Another test runs the quick start as a program."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in python_blocks((ROOT / path).read_text()):
+        ast.parse(block)
+        if "..." not in block:
+            exec(compile(block, path, "exec"), namespace)
+
+
 PUBLIC = [
     "CrossBatchMemory",
     "DistributedTwoTowerTask",
@@ -40,10 +52,12 @@ PUBLIC = [
     "NDCGAtK",
     "RecallAtK",
     "RefreshCandidates",
+    "RowSparseEmbedding",
     "ShardedEmbedding",
     "StreamingSamplingProbability",
     "TwoTowerModel",
     "group_candidate_ids",
+    "lookup_together",
     "pad_batches",
     "shard_candidates",
 ]

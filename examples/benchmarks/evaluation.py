@@ -1,12 +1,16 @@
-r"""Times an epoch of training on MovieLens 100K, beside it what evaluating after it costs, and what checking does.
+r"""Times an epoch of training on MovieLens 100K, evaluation, and input checks.
 
     TFDS_DATA_DIR=... python examples/benchmarks/evaluation.py
 
-The model is that of `movielens_dp.py --objective=retrieval`. `pairs`: `evaluate` of all held-out ratings, each ranked
-among all films, with loss, recall, NDCG and reciprocal rank. `users`: `evaluate_queries`, each user once, what the user
-has rated in training left out. `products`: the matrix products that the pairs need, the logits of each batch and its
-scores with all films, alone. All are timed in turns; ratios are those of single turns: their median, and in parentheses
-their quartiles.
+The model is that of `movielens_dp.py --objective=retrieval`. The rows of the table:
+
+- `training`: one epoch of `fit`. `training, unchecked`: the same with `check_inputs=False`.
+- `pairs`: `evaluate` of all held-out ratings, each ranked among all films, with loss, recall, NDCG and reciprocal rank.
+- `users`: `evaluate_queries`, each user once, without the films that the user has rated in training.
+- `products`: only the matrix products that `pairs` needs, which are the logits of each batch and its scores with all
+  films.
+
+All rows are timed in turns. Each ratio is the median of the ratios of single turns, with quartiles in parentheses.
 """
 
 import os
@@ -36,13 +40,13 @@ from keras_rs_contrib import (
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("dataset", "auto", ["auto", "movielens", "synthetic"], "As in the example.")
 flags.DEFINE_integer("embedding_dim", 128, "Dimension of the embeddings.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 1000, "Ratings a step.", lower_bound=1)
-flags.DEFINE_integer("turns", 15, "How often each is timed, at most.", lower_bound=3)
-flags.DEFINE_float("seconds", 120.0, "Seconds in all, after three turns.")
+flags.DEFINE_integer("batch_size", 1000, "Ratings per step.", lower_bound=1)
+flags.DEFINE_integer("turns", 15, "Maximum number of turns: each turn times each function once.", lower_bound=3)
+flags.DEFINE_float("seconds", 120.0, "Time limit in seconds, after at least three turns.")
 
 
 def make_model(train, check_inputs):
-    """Returns the model of the example, compiled."""
+    """Returns the compiled model of the example."""
     num_rows = train.num_movies + 1
     model = TwoTowerModel(
         keras.layers.Embedding(train.num_users + 1, FLAGS.embedding_dim),
@@ -62,7 +66,7 @@ def make_model(train, check_inputs):
 def main(argv):
     """Prints the setting and the table."""
     if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags begin with --.")
+        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
     logging.set_verbosity(logging.WARNING)
     movielens.import_tensorflow_quietly()
     ratings = movielens.load(FLAGS.dataset)
@@ -77,7 +81,7 @@ def main(argv):
 
     @jax.jit
     def products(queries, candidates, table):
-        # Sums, so that what is multiplied need not be kept.
+        # Sums, so that XLA need not keep the products.
         return (queries @ candidates.T).sum(), (queries @ table.T).sum()
 
     num_batches = -(-len(held_out.ratings) // FLAGS.batch_size)
@@ -91,7 +95,7 @@ def main(argv):
     }
     print_setting()
     print(
-        f"Dataset: {ratings.source}; {len(train.ratings)} ratings to train on, {len(held_out.ratings)} held out of "
+        f"Dataset: {ratings.source}; {len(train.ratings)} training ratings, {len(held_out.ratings)} held-out ratings, "
         f"{len(users)} users, {ratings.num_movies} films; batches of {FLAGS.batch_size}, {FLAGS.embedding_dim} "
         "dimensions.\n"
     )
@@ -106,7 +110,7 @@ def main(argv):
                 "/ products": ratio(times[name], times["products"]),
             }
         )
-    print("\nChecking costs what training takes beyond training unchecked.")
+    print("\nThe cost of input checks is the difference between the two training rows.")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-r"""Says how good the recommendations are, beside simple methods on the same splits of MovieLens 100K.
+r"""Compares the quality of recommendations with that of simple methods, on the same splits of MovieLens 100K.
 
     pip install implicit
     TFDS_DATA_DIR=... python examples/benchmarks/quality.py
     TFDS_DATA_DIR=... python examples/benchmarks/quality.py --tune
 
-Every rating is a positive, whatever its stars; a random fifth of them is held out. Each user's list has all films
-that the user has not rated in training, and each user with held-out ratings counts once. The towers are those of
-`movielens_dp.py` with its defaults, run as a program, once for each split and seed. Popularity: the number of ratings
-in training. EASE: H. Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019, in closed form. ALS: Y. Hu
-et al., "Collaborative filtering for implicit feedback datasets", ICDM 2008, as in the package `implicit`.
+Every rating is a positive, whatever its stars. A random fifth of the ratings is held out. The list of a user holds all
+films that the user has not rated in training. Each user with held-out ratings counts once. The methods:
 
-Hyperparameters are chosen with `--tune`: on a tenth of the training ratings, the held-out fifth set aside. It prints
-what one change at a time to the defaults of the towers gives, and the grids of EASE and ALS.
+- Towers: `movielens_dp.py` with its defaults, run as a program, once for each split and seed.
+- Popularity: the number of ratings in training.
+- EASE: H. Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019, in closed form.
+- ALS: Y. Hu et al., "Collaborative filtering for implicit feedback datasets", ICDM 2008, from the package `implicit`.
+
+`--tune` evaluates hyperparameters on a tenth of the training ratings, without the held-out fifth. It prints one row for
+each single change to the defaults of the towers, and for each point of the grids of EASE and ALS.
 """
 
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# What `implicit` asks for, which has threads of its own.
+# Recommended by `implicit`, which has its own threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import json
@@ -40,13 +42,15 @@ from keras_rs_contrib import MeanReciprocalRank, NDCGAtK, RecallAtK, group_candi
 PROGRAM = pathlib.Path(movielens.__file__).parent / "movielens_dp.py"
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("num_splits", 3, "Splits into ratings to train on and held-out ones.", lower_bound=1)
-flags.DEFINE_integer("num_seeds", 3, "Seeds for each split, of what is drawn.", lower_bound=1)
-flags.DEFINE_bool("tune", False, "Choose hyperparameters, on a tenth of the training ratings.")
+flags.DEFINE_integer("num_splits", 3, "Number of random splits into training and held-out ratings.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_seeds", 3, "Number of seeds for each split, for methods that draw random numbers.", lower_bound=1
+)
+flags.DEFINE_bool("tune", False, "Evaluate hyperparameters on a tenth of the training ratings.")
 flags.DEFINE_enum("dataset", "movielens", ["movielens", "synthetic"], "As in the example.")
 
 METRICS = {"recall_at_10": "Recall@10", "ndcg_at_10": "NDCG@10", "mean_reciprocal_rank": "MRR"}
-# One at a time, beside the defaults of `--objective=retrieval`.
+# Changes to the defaults of `--objective=retrieval`, evaluated one at a time.
 CHANGES = (
     {},
     {"embedding_dim": 64},
@@ -78,7 +82,7 @@ ALS, EASE = (128, 30, 4), 500
 
 
 def run_program(split_seed, seed, **changes):
-    """Returns what the example writes to --metrics_json, and how long it took as a whole, in seconds."""
+    """Returns what the example writes to --metrics_json, and the duration of the whole program in seconds."""
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / "metrics.json"
         arguments = {"dataset": FLAGS.dataset, "split_seed": split_seed, "seed": seed, "metrics_json": file, **changes}
@@ -93,24 +97,24 @@ def run_program(split_seed, seed, **changes):
 
 
 def data_of(split_seed):
-    """Returns the ratings of a split, to train on and held out."""
+    """Returns the training and the held-out ratings of a split."""
     ratings = movielens.load(FLAGS.dataset)
     train, held_out = movielens.split(ratings, split_seed)
     return movielens.split(train, split_seed, train_share=0.9) if FLAGS.tune else (train, held_out)
 
 
 def evaluate(scores, train, held_out):
-    """Returns the metrics of a score for each user and film.
+    """Returns the metrics of scores of all users and films, as a dict by name.
 
     Args:
-        scores: `[num_users + 1, num_movies + 1]` float; row and column 0 are nobody and nothing.
-        train: the ratings whose films are left out of a user's list.
-        held_out: the ratings whose films are to be found.
+        scores: `[num_users + 1, num_movies + 1]` float; row and column 0 are unused.
+        train: the ratings whose films are excluded from a user's list.
+        held_out: the ratings whose films are positives.
     """
     scores = scores.astype("float64")
     scores[:, 0] = -np.inf
     scores[train.user_ids, train.movie_ids] = -np.inf
-    # A stable sort: equal scores rank by lower row, as in the package.
+    # A stable sort ranks equal scores by lower row, as the package does.
     order = np.argsort(-scores, axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
@@ -125,7 +129,7 @@ def evaluate(scores, train, held_out):
 
 
 def matrix_of(train):
-    """Returns which user has rated which film, `[num_users + 1, num_movies + 1]`."""
+    """Returns a `[num_users + 1, num_movies + 1]` float matrix: 1 if a user has rated a film, 0 otherwise."""
     matrix = np.zeros((movielens.NUM_USERS + 1, movielens.NUM_MOVIES + 1), "float64")
     matrix[train.user_ids, train.movie_ids] = 1.0
     return matrix
@@ -147,7 +151,7 @@ def ease(train, regularization):
 
 
 def als(train, seed, factors, regularization, alpha):
-    """Returns the scores of implicit's ALS, or `None` where the package is not installed."""
+    """Returns the scores of ALS from `implicit`, or `None` if the package is not installed."""
     try:
         from implicit.als import AlternatingLeastSquares
         from scipy.sparse import csr_matrix
@@ -159,7 +163,7 @@ def als(train, seed, factors, regularization, alpha):
 
 
 def print_row(table, name, results, seconds):
-    """Prints the means over runs, and the spread of what is aimed at."""
+    """Prints the mean of each metric over runs, with the minimum and maximum of NDCG@10."""
     row = {"": f"{name:<44}"}
     for metric, title in METRICS.items():
         values = [result[metric] for result in results]
@@ -172,9 +176,9 @@ def print_method(table, name, scores_of, seeds_of):
     """Prints the row of a method.
 
     Args:
-        table: where to print it.
-        name: what the method is called.
-        scores_of: takes the ratings to train on and a seed, and returns scores, or `None` where it is not installed.
+        table: the `Table` to print to.
+        name: name of the method.
+        scores_of: takes the training ratings and a seed, and returns scores, or `None` if the method is not installed.
         seeds_of: takes the seed of a split, and returns the seeds to run the method with.
     """
     results, seconds = [], []
@@ -185,7 +189,7 @@ def print_method(table, name, scores_of, seeds_of):
             scores = scores_of(train, seed)
             seconds.append(time.perf_counter() - start)
             if scores is None:
-                print(f"{name}: not installed.", file=sys.stderr)
+                print(f"{name}: skipped, because it is not installed.", file=sys.stderr)
                 return
             results.append(evaluate(scores, train, held_out))
     print_row(table, name, results, seconds)
@@ -209,7 +213,7 @@ def compare(table):
 
 
 def tune(table):
-    """Prints a row for each choice of hyperparameters."""
+    """Prints a row for each set of hyperparameters."""
     splits = range(FLAGS.num_splits)
     for changes in CHANGES:
         name = ", ".join(f"--{flag}={value}" if value != "" else f"--{flag}" for flag, value in changes.items())
@@ -227,7 +231,7 @@ def tune(table):
 def main(argv):
     """Prints the setting and the table."""
     if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags begin with --.")
+        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
     logging.set_verbosity(logging.WARNING)
     movielens.import_tensorflow_quietly()
     try:
@@ -236,7 +240,9 @@ def main(argv):
         sys.exit(str(error))
     print_setting("implicit", "numpy")
     part = "a tenth of the training ratings" if FLAGS.tune else "a fifth of all ratings"
-    print(f"Dataset: {FLAGS.dataset}, {FLAGS.num_splits} splits; held out: {part}. In parentheses: least and most.\n")
+    print(
+        f"Dataset: {FLAGS.dataset}, {FLAGS.num_splits} splits; held out: {part}. In parentheses: minimum and maximum.\n"
+    )
     (tune if FLAGS.tune else compare)(Table())
 
 

@@ -1,12 +1,13 @@
-r"""Times the ranks of one candidate a query in the whole corpus: this package, and TFRS's `FactorizedTopK`.
+r"""Times the rank of one candidate per query in the whole corpus: this package, and TFRS's `FactorizedTopK`.
 
     python examples/benchmarks/ranks.py --quick
     python examples/benchmarks/ranks.py --tfrs_python=/path/to/another/venv/bin/python
 
-TFRS needs another Keras, and so an environment of its own (`pip install tensorflow-recommenders tf_keras`), whose
-interpreter `--tfrs_python` names. The matrix product, in blocks and with a maximum over its rows, so that it need not
-be kept, is the yardstick. All are timed in turns; ratios are those of single turns: their median, and
-in parentheses their quartiles.
+TFRS needs another Keras, and therefore its own environment. Create one with
+`pip install tensorflow-recommenders tf_keras`, and pass its interpreter as `--tfrs_python`. The reference is the matrix
+product of queries and table, in blocks, with a maximum over its rows, so that the product is not stored.
+
+All functions are timed in turns. Each ratio is the median of the ratios of single turns, with quartiles in parentheses.
 """
 
 import os
@@ -27,20 +28,22 @@ from timing import Table, in_turns, milliseconds, print_setting, ratio, tfrs_pee
 from keras_rs_contrib import shard_candidates
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("quick", False, "A look at one small size.")
-flags.DEFINE_list("num_candidates", ["10000", "100000"], "Rows of the table.")
-flags.DEFINE_integer("num_queries", 4000, "Queries, each with one candidate.", lower_bound=1)
-flags.DEFINE_list("dimension", ["32", "64"], "Sizes of an embedding.")
-flags.DEFINE_integer("num_excluded", 100, "Candidates left out for each query, in one of the columns.", lower_bound=1)
-flags.DEFINE_integer("turns", 9, "How often each is timed, at most.", lower_bound=3)
-flags.DEFINE_float("seconds", 30.0, "Seconds for each size, after three turns.")
-flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
+flags.DEFINE_bool("quick", False, "Time only one small size.")
+flags.DEFINE_list("num_candidates", ["10000", "100000"], "Numbers of candidates, which are the rows of the table.")
+flags.DEFINE_integer("num_queries", 4000, "Number of queries, each with one candidate.", lower_bound=1)
+flags.DEFINE_list("dimension", ["32", "64"], "Dimensions of the embeddings.")
+flags.DEFINE_integer(
+    "num_excluded", 100, "Number of excluded candidates per query, for one of the columns.", lower_bound=1
+)
+flags.DEFINE_integer("turns", 9, "Maximum number of turns: each turn times each function once.", lower_bound=3)
+flags.DEFINE_float("seconds", 30.0, "Time limit for each size in seconds, after at least three turns.")
+flags.DEFINE_string("tfrs_python", None, "Python interpreter of an environment with TFRS. Without it, TFRS is skipped.")
 
 QUERIES_AT_ONCE = 50
 
 
 def benchmark(peer, num_candidates, dimension, num_queries):
-    """Returns one row of the table of results."""
+    """Returns one row of the results."""
     table = np.random.default_rng(0).normal(size=(num_candidates, dimension)).astype("float32")
     queries = jax.device_put(np.random.default_rng(1).normal(size=(num_queries, dimension)).astype("float32"))
     targets = jax.device_put(np.random.default_rng(2).integers(0, num_candidates, num_queries).astype("int32"))
@@ -80,7 +83,7 @@ def benchmark(peer, num_candidates, dimension, num_queries):
 
 
 def main(_):
-    """Times each size, and prints the table."""
+    """Times each size and prints the table."""
     logging.set_verbosity(logging.WARNING)
     num_queries = FLAGS.num_queries - FLAGS.num_queries % -QUERIES_AT_ONCE
     sizes = [(int(n), int(d)) for n in FLAGS.num_candidates for d in FLAGS.dimension]

@@ -1,10 +1,10 @@
-"""TensorFlow Recommenders, timed on request; run by the benchmarks in an environment that has it.
+"""Times TensorFlow Recommenders on request. The benchmarks run this program in an environment that has TFRS.
 
     pip install tensorflow-recommenders tf_keras
 
-Reads one JSON request a line and answers with seconds. For retrieval a request is `{"task", "num_candidates",
-"num_queries", "dimension", "k"}`; for a step of training, of task "pointwise" or "softmax", it is `{"task", "num_rows",
-"batch_size", "dimension", "steps"}`. The first line that it prints says which versions it runs.
+The program prints its versions first. It then reads one JSON request per line, and answers each with a line that holds
+the time in seconds. The keys of a request are `task`, `num_candidates`, `num_queries`, `dimension` and `k` for
+retrieval, or `task` ("pointwise" or "softmax"), `num_rows`, `batch_size`, `dimension` and `steps` for training steps.
 """
 
 import functools
@@ -22,13 +22,13 @@ BLOCK = 4096
 
 @functools.lru_cache(maxsize=1)
 def table(num_candidates, dimension):
-    """Returns the candidates that the benchmarks use too."""
+    """Returns the table of candidates, equal to that of the benchmarks."""
     return np.random.default_rng(0).normal(size=(num_candidates, dimension)).astype("float32")
 
 
 @functools.lru_cache(maxsize=2)
 def prepared(task, num_candidates, num_queries, dimension, k):
-    """Returns what is to be timed, its first and slowest call behind it."""
+    """Returns the function to time, after its first call, which compiles it."""
     queries = tf.constant(np.random.default_rng(1).normal(size=(num_queries, dimension)).astype("float32"))
     candidates = table(num_candidates, dimension)
     if task == "BruteForce":
@@ -74,10 +74,10 @@ class TwoTowers(tfrs.Model):
         return self.task(users, movies, compute_metrics=False)
 
 
-# One at a time: tables are large.
+# Tables are large: keep one model at a time.
 @functools.lru_cache(maxsize=1)
 def training(task, num_rows, batch_size, dimension, steps):
-    """Returns a function that trains for some steps, what is slow at first behind it."""
+    """Returns a function that trains for some steps, after its first call, which compiles it."""
     rng = np.random.default_rng(0)
     users, movies = (
         np.concatenate([rng.choice(num_rows, batch_size, replace=False) for _ in range(steps)]) for _ in range(2)
@@ -91,10 +91,10 @@ def training(task, num_rows, batch_size, dimension, steps):
 
 
 def answer(request):
-    """Returns how long what is asked for took, in seconds."""
+    """Returns the time of the requested function in seconds, per step if it trains."""
     is_training = request["task"] in ("pointwise", "softmax")
     if is_training and training.cache_info().currsize and request != answer.last:
-        # Before the next tables are made.
+        # Free the tables before the next ones are created.
         training.cache_clear()
         gc.collect()
     answer.last = request

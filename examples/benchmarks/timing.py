@@ -1,4 +1,4 @@
-"""Times peers in turns, some of them in a process of their own, and prints what was timed and where."""
+"""Times functions in turns, some of them in another process, and prints results, devices and versions."""
 
 import importlib.metadata
 import json
@@ -18,15 +18,15 @@ import jax
 
 
 def in_turns(functions: dict[str, Callable[[], float]], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Returns how long each function took, in seconds, called one after the other, turn by turn.
+    """Returns the times of each function in seconds, one for each turn. A turn calls each function once.
 
-    What is timed follows a call of its own that is not: caches and allocator are as in a run of such calls, and not as
-    another function left them.
+    Before each timed call, the function is called without timing, so that the state of the caches and the allocator
+    does not depend on the other functions.
 
     Args:
-        functions: take nothing, return how long they took; NaN where they could not.
-        turns: at most so many.
-        seconds: after these, and at least three turns, no further one begins.
+        functions: functions without arguments that return their own time in seconds, or NaN if they failed.
+        turns: maximum number of turns.
+        seconds: time limit. After it, and after at least three turns, no further turn begins.
     """
     for function in functions.values():
         function()
@@ -42,7 +42,7 @@ def in_turns(functions: dict[str, Callable[[], float]], turns: int, seconds: flo
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """Returns a function that says how long `function` takes, in seconds, its result ready."""
+    """Returns a function that calls `function`, waits for its result, and returns the time in seconds."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -53,22 +53,22 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def milliseconds(times: list[float]) -> str:
-    """Returns the median."""
+    """Returns the median of times in seconds, formatted in milliseconds."""
     return f"{statistics.median(times) * 1e3:.2f}"
 
 
 def ratio(times: list[float], others: list[float]) -> str:
-    """Returns the median of the turns' ratios, and their quartiles."""
+    """Returns the median and the quartiles of the ratios `times[i] / others[i]`, formatted."""
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 class Memory:
-    """Watches how much this process grows, on Linux, from within `with` to its end.
+    """Context manager that measures how much the resident memory of this process grows. Linux only.
 
     Attributes:
-        grown: bytes, the most that it had beyond those at the start.
+        grown: the peak in bytes, minus the memory at the start.
     """
 
     def __enter__(self) -> "Memory":
@@ -93,13 +93,13 @@ class Memory:
 
 
 class Table:
-    """A table in Markdown, which reads as text too, printed row by row: what was timed is not lost with what fails."""
+    """A Markdown table, printed row by row, so that a later failure does not lose earlier rows."""
 
     def __init__(self) -> None:
         self._widths: list[int] = []
 
     def print(self, row: dict[str, str]) -> None:
-        """Prints a row, under its names if it is the first."""
+        """Prints a row. The first row also prints the column names."""
         if not self._widths:
             self._widths = [max(len(name), len(cell)) + 1 for name, cell in row.items()]
             self._print_line(list(row))
@@ -130,15 +130,15 @@ def print_setting(*packages: str) -> None:
 
 
 class Peer:
-    """A program that times something in a process of its own, when it is told to.
+    """A program in another process that times functions on request.
 
     Args:
-        python: the interpreter, of an environment that has what the program needs.
-        program: path of the program; it prints its versions, then reads one JSON request a line and answers each with
-            one line of JSON.
+        python: Python interpreter of an environment with the requirements of the program.
+        program: path of the program. It prints its versions, then reads one JSON request per line, and answers each
+            with one line of JSON.
 
     Attributes:
-        versions: what the program says of itself.
+        versions: the versions that the program has printed.
     """
 
     def __init__(self, python: str, program: str) -> None:
@@ -153,16 +153,16 @@ class Peer:
         )
         self.versions = self._answer()
         if self.versions is None:
-            sys.exit(f"The peer does not start. Run it to see why: {' '.join(self._command)}")
+            sys.exit(f"The peer did not start. Run it to see the error: {' '.join(self._command)}")
 
     def time(self, **request: Any) -> float:
-        """Returns the answer to a request, in seconds; NaN where the program ended over it, for want of memory say."""
+        """Returns the answer to a request in seconds, or NaN if the program exited, for instance out of memory."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         if answer is None:
-            print(f"The peer ended with status {self._process.wait()} over {request}.", file=sys.stderr)
+            print(f"The peer exited with status {self._process.wait()} on request {request}.", file=sys.stderr)
             self._start()
             return math.nan
         return float(answer)
@@ -180,10 +180,10 @@ class Peer:
 
 
 def tfrs_peer(python: str | None) -> Peer | None:
-    """Returns TFRS, run by an interpreter that has it, and prints its versions, or that it is left out."""
+    """Starts TFRS in another process and prints its versions, or returns `None` without an interpreter."""
     if python is None:
-        print("No --tfrs_python: TFRS is left out.")
+        print("No --tfrs_python: TFRS is skipped.")
         return None
     peer = Peer(python, str(pathlib.Path(__file__).with_name("tfrs_peer.py")))
-    print(f"In a process of its own: {peer.versions}")
+    print(f"In another process: {peer.versions}")
     return peer

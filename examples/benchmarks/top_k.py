@@ -1,14 +1,15 @@
-r"""Times exact top-k retrieval: this package, the matrix product alone, Keras RS, Faiss and TFRS.
+r"""Times exact top-k retrieval: this package, the plain matrix product, Keras RS, Faiss and TFRS.
 
     python examples/benchmarks/top_k.py --quick
     python examples/benchmarks/top_k.py --tfrs_python=/path/to/another/venv/bin/python
 
-Faiss (`pip install faiss-cpu`) is compared where it is installed. TFRS needs another Keras, and so an environment of
-its own (`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names.
+Faiss is included if it is installed (`pip install faiss-cpu`). TFRS needs another Keras, and therefore its own
+environment. Create one with `pip install tensorflow-recommenders tf_keras`, and pass its interpreter as
+`--tfrs_python`.
 
-All indexes hold the same table and answer the same queries, compiled, in turns. Ratios are those of single turns: their
-median, and in parentheses their quartiles. The last table is the memory of many queries at once, in a process of its
-own: what the process grew by while it searched.
+All indexes hold the same table and answer the same queries, compiled, in turns. Each ratio is the median of the ratios
+of single turns, with quartiles in parentheses. The last table shows the memory of one search for many queries: the
+growth of a separate process during the search.
 """
 
 import os
@@ -38,17 +39,21 @@ except ImportError:
     faiss = None
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("quick", False, "A look at four sizes in a minute.")
-flags.DEFINE_list("num_candidates", ["10000", "100000", "999983", "1000000"], "Rows of the table.")
-flags.DEFINE_list("num_queries", ["1", "64", "512"], "Queries in a batch.")
-flags.DEFINE_list("dimension", ["32", "64", "128"], "Sizes of an embedding.")
-flags.DEFINE_list("k", ["10", "100"], "How many candidates to find.")
-flags.DEFINE_integer("turns", 15, "How often each is timed, at most.", lower_bound=3)
-flags.DEFINE_float("seconds", 6.0, "Seconds for each size, after three turns.")
-flags.DEFINE_float("recall_target", 0.95, "Recall asked of the approximate search.")
-flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
-flags.DEFINE_bool("peers", True, "Whether to time Faiss and TFRS too.")
-flags.DEFINE_integer("memory_of", None, "Print the memory of a search of this block size, 0 for the default, and end.")
+flags.DEFINE_bool("quick", False, "Time only four small sizes, in about a minute.")
+flags.DEFINE_list(
+    "num_candidates",
+    ["10000", "100000", "999983", "1000000"],
+    "Numbers of candidates, which are the rows of the table.",
+)
+flags.DEFINE_list("num_queries", ["1", "64", "512"], "Numbers of queries per batch.")
+flags.DEFINE_list("dimension", ["32", "64", "128"], "Dimensions of the embeddings.")
+flags.DEFINE_list("k", ["10", "100"], "Numbers of candidates to return.")
+flags.DEFINE_integer("turns", 15, "Maximum number of turns: each turn times each function once.", lower_bound=3)
+flags.DEFINE_float("seconds", 6.0, "Time limit for each size in seconds, after at least three turns.")
+flags.DEFINE_float("recall_target", 0.95, "`recall_target` of the approximate search.")
+flags.DEFINE_string("tfrs_python", None, "Python interpreter of an environment with TFRS. Without it, TFRS is skipped.")
+flags.DEFINE_bool("peers", True, "Whether to also time Faiss and TFRS.")
+flags.DEFINE_integer("memory_of", None, "Only print the memory of a search with this block size; 0 for the default.")
 
 MEMORY_QUERIES, MEMORY_CANDIDATES, MEMORY_DIMENSION = 4096, 1_000_000, 64
 
@@ -58,7 +63,7 @@ def compiled(layer):
     call = jax.jit(lambda *arguments: layer.stateless_call(*arguments)[0])
 
     def run(queries):
-        # Of a tied index the table is a trainable variable, of Keras RS's layer it is none.
+        # In a tied index the table is a trainable variable, in the layer of Keras RS it is not.
         trainable = [v.value for v in layer.trainable_variables]
         return call(trainable, [v.value for v in layer.non_trainable_variables], queries)
 
@@ -72,7 +77,7 @@ def our_index(table, k, **arguments):
 
 
 def benchmark(table, faiss_index, peer, num_queries, k):
-    """Returns one row of the table of results."""
+    """Returns one row of the results."""
     num_candidates, dimension = table.shape
     queries = np.random.default_rng(1).normal(size=(num_queries, dimension)).astype("float32")
     on_device = jax.device_put(queries), jax.device_put(table)
@@ -112,7 +117,7 @@ def benchmark(table, faiss_index, peer, num_queries, k):
 
 
 def print_memory(block_size):
-    """Searches many queries at once, and prints by how many bytes the process grew."""
+    """Searches for many queries at once, and prints the growth of the process in bytes, as JSON."""
     table = np.random.default_rng(0).normal(size=(MEMORY_CANDIDATES, MEMORY_DIMENSION)).astype("float32")
     queries = np.random.default_rng(1).normal(size=(MEMORY_QUERIES, MEMORY_DIMENSION)).astype("float32")
     index = our_index(table, k=100, block_size=block_size or None)
@@ -125,7 +130,7 @@ def print_memory(block_size):
 
 
 def main(_):
-    """Times each size, and prints the tables."""
+    """Times each size and prints the tables."""
     logging.set_verbosity(logging.WARNING)
     if FLAGS.memory_of is not None:
         print_memory(FLAGS.memory_of)
@@ -135,7 +140,7 @@ def main(_):
         sizes = {"num_candidates": [10_000, 99_991], "num_queries": [1, 64], "dimension": [64], "k": [10]}
     print_setting("faiss-cpu")
     if FLAGS.peers and faiss is None:
-        print("Faiss is not installed: left out.")
+        print("Faiss is not installed: skipped.")
     peer = tfrs_peer(FLAGS.tfrs_python) if FLAGS.peers else None
     results = Table()
     for num_candidates in sizes["num_candidates"]:
@@ -152,7 +157,7 @@ def main(_):
         peer.close()
     if FLAGS.quick:
         return
-    print(f"\nMemory of {MEMORY_QUERIES:,} queries against {MEMORY_CANDIDATES:,} candidates, k=100, beyond the table")
+    print(f"\nMemory of {MEMORY_QUERIES:,} queries against {MEMORY_CANDIDATES:,} candidates, k=100, without the table")
     memory = Table()
     for block_size in (0, 2**24, 2**22):
         command = [sys.executable, __file__, f"--memory_of={block_size}"]

@@ -3,15 +3,20 @@ r"""Times training steps over growing tables and growing batches: this package, 
     python examples/benchmarks/train_step.py --quick
     python examples/benchmarks/train_step.py --tfrs_python=/path/to/another/venv/bin/python --plot=train_step.png
 
-Two towers of one embedding each, Adagrad, in the ordinary `fit` of each library: the time of a step is that of a call
-of `fit` over its number of steps. Batches hold no row twice, so that a step touches as many rows however large the
-table. Growth is the time over that at the fewest rows: for the very same batches, which tells what the table costs by
-its size, and for rows from anywhere in it, which are less often in caches. All other columns are of rows from anywhere.
-TFRS needs another Keras, and so an environment of its own
-(`pip install tensorflow-recommenders tf_keras`), whose interpreter `--tfrs_python` names. All are timed in turns;
-ratios are those of single turns: their median, and in parentheses their quartiles.
+The model has two towers of one embedding each, with Adagrad, and runs in `fit` of each library. The time of a step is
+the time of a call of `fit` divided by its number of steps. No batch holds a row twice, so that a step touches the same
+number of rows in any table.
 
-Ten million rows, twice and with a slot each, take 5 GB here and as much again in TFRS; `--rows` asks for fewer.
+Growth is the time divided by the time at the fewest rows. "Same batches" uses the same rows in each table, and shows
+the cost of the size of the table. The other columns use random rows, which miss the CPU caches more often in larger
+tables.
+
+TFRS needs another Keras, and therefore its own environment. Create one with
+`pip install tensorflow-recommenders tf_keras`, and pass its interpreter as `--tfrs_python`. All functions are timed in
+turns. Each ratio is the median of the ratios of single turns, with quartiles in parentheses.
+
+Two tables of ten million rows, each with an optimizer slot, take 5 GB here and another 5 GB in TFRS. Use `--rows` for
+fewer.
 """
 
 import os
@@ -33,30 +38,32 @@ from timing import Memory, Table, in_turns, milliseconds, print_setting, ratio, 
 from keras_rs_contrib import DistributedTwoTowerTask, RowSparseEmbedding, TwoTowerModel
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("quick", False, "A look at small sizes.")
-flags.DEFINE_list("rows", ["1000", "10000", "100000", "1000000", "10000000"], "Rows of each of the two tables.")
-flags.DEFINE_list("batch_sizes", ["1000", "4096", "16384", "65536"], "Sizes of the batches of the second table.")
-flags.DEFINE_integer("batch_size", 1000, "Size of the batches while tables grow.", lower_bound=1)
-flags.DEFINE_integer("dimension", 32, "Size of an embedding while tables grow.", lower_bound=1)
-flags.DEFINE_integer("batch_dimension", 64, "Size of an embedding while batches grow.", lower_bound=1)
-flags.DEFINE_integer("dense_rows", 1_000_000, "Rows up to which dense Keras is timed.")
-flags.DEFINE_integer("materialised", 16384, "Size of a batch up to which all its logits are made at once.")
-flags.DEFINE_integer("turns", 9, "How often each is timed, at most.", lower_bound=3)
-flags.DEFINE_float("seconds", 20.0, "Seconds for each size, after three turns.")
-flags.DEFINE_string("tfrs_python", None, "The interpreter of an environment with TFRS.")
-flags.DEFINE_string("plot", None, "Where to write a picture of both tables; needs matplotlib.")
+flags.DEFINE_bool("quick", False, "Time only small sizes.")
+flags.DEFINE_list(
+    "rows", ["1000", "10000", "100000", "1000000", "10000000"], "Numbers of rows to time, for each of the two tables."
+)
+flags.DEFINE_list("batch_sizes", ["1000", "4096", "16384", "65536"], "Batch sizes to time.")
+flags.DEFINE_integer("batch_size", 1000, "Batch size while the number of rows varies.", lower_bound=1)
+flags.DEFINE_integer("dimension", 32, "Embedding dimension while the number of rows varies.", lower_bound=1)
+flags.DEFINE_integer("batch_dimension", 64, "Embedding dimension while the batch size varies.", lower_bound=1)
+flags.DEFINE_integer("dense_rows", 1_000_000, "Maximum number of rows for which dense Keras is timed.")
+flags.DEFINE_integer("materialised", 16384, "Maximum batch size for which the loss with all logits is timed.")
+flags.DEFINE_integer("turns", 9, "Maximum number of turns: each turn times each function once.", lower_bound=3)
+flags.DEFINE_float("seconds", 20.0, "Time limit for each size in seconds, after at least three turns.")
+flags.DEFINE_string("tfrs_python", None, "Python interpreter of an environment with TFRS. Without it, TFRS is skipped.")
+flags.DEFINE_string("plot", None, "File to write a plot of the results to. Needs matplotlib.")
 
 OBJECTIVES = ("pointwise", "softmax")
 LEARNING_RATE = 0.1
-# Steps in a timed call of `fit`: enough that what a call costs apart from them does not count.
+# Steps per timed call of `fit`: enough that the overhead of the call does not matter.
 STEPS = 100
 DENSE_STEPS = 5
-# Rows of the tables while batches grow: as many as the largest batch, so that it can hold none twice.
+# Rows of the tables while batches grow: at least the largest batch, so that no batch needs a row twice.
 ROWS_OF_BATCHES = 100_000
 
 
 def batches(num_rows, batch_size, steps):
-    """Returns the features and labels of some batches, none of which holds a row twice."""
+    """Returns the features and labels of `steps` batches. No batch holds a row twice."""
     rng = np.random.default_rng(0)
     columns = [
         np.concatenate([rng.choice(num_rows, batch_size, replace=False) for _ in range(steps)]).astype("int32")
@@ -66,7 +73,7 @@ def batches(num_rows, batch_size, steps):
 
 
 def model(embedding, num_rows, dimension, objective):
-    """Returns a compiled model of two towers."""
+    """Returns a compiled model with two embedding towers."""
     label = "rating" if objective == "pointwise" else None
     towers = [embedding(num_rows, dimension) for _ in range(2)]
     result = TwoTowerModel(*towers, "user", "movie", label=label, corpus_metrics=[])
@@ -75,17 +82,17 @@ def model(embedding, num_rows, dimension, objective):
 
 
 def row_sparse(num_rows, dimension):
-    """Returns a row-sparse embedding with the optimizer of the others."""
+    """Returns a row-sparse embedding with the same optimizer as the other models."""
     return RowSparseEmbedding(num_rows, dimension, optimizer=keras.optimizers.Adagrad(LEARNING_RATE))
 
 
 class Training:
-    """Training steps of a model, for `in_turns`.
+    """A function for `in_turns` that trains a model.
 
     Args:
         model: a compiled model.
-        x: what `batches` returned.
-        batch_size: size of a batch.
+        x: the result of `batches`.
+        batch_size: number of rows in a batch.
     """
 
     def __init__(self, model, x, batch_size):
@@ -94,13 +101,13 @@ class Training:
         self.x = {name: values for name, values in x.items() if name != "rating" or model.label is not None}
 
     def __call__(self):
-        """Returns how long a step took, in seconds."""
+        """Trains on all batches, and returns the time per step in seconds."""
         start = time.perf_counter()
         self.model.fit(self.x, batch_size=self.batch_size, shuffle=False, verbose=0)
         return (time.perf_counter() - start) / self.steps
 
     def memory(self):
-        """Returns by how many MiB the process grows while it trains, beyond its tables."""
+        """Returns by how many MiB the process grows during training, without the tables."""
         self()
         gc.collect()
         with Memory() as memory:
@@ -109,7 +116,7 @@ class Training:
 
 
 def over_rows(peer, objective, sizes):
-    """Prints how long a step takes as tables grow, and returns the medians in milliseconds, by name and size."""
+    """Prints the time of a step for each number of rows. Returns the medians in milliseconds by name and size."""
     table, medians = Table(), {}
     size = FLAGS.batch_size
     of_base = batches(sizes[0], size, STEPS)
@@ -149,14 +156,14 @@ def over_rows(peer, objective, sizes):
         table.print(row)
         for name, values in times.items():
             medians.setdefault(name, {})[num_rows] = statistics.median(values) * 1e3
-        # Before the next tables are made.
+        # Free the tables before the next ones are created.
         functions = ours = dense = None
         gc.collect()
     return medians
 
 
 def loss_and_gradients(task, batch_size):
-    """Returns a call of the compiled loss and its gradients, and how many bytes it needs beside its arguments."""
+    """Returns a function that computes the loss and its gradients, and the bytes that it needs besides arguments."""
     rng = np.random.default_rng(0)
     embeddings = [
         jax.device_put(rng.normal(size=(batch_size, FLAGS.batch_dimension)).astype("float32")) for _ in range(2)
@@ -166,10 +173,10 @@ def loss_and_gradients(task, batch_size):
 
 
 def over_batches(peer, sizes):
-    """Prints how long a step of softmax takes as batches grow, and returns the medians in milliseconds, as above."""
+    """Prints the time of a softmax step for each batch size. Returns the medians in milliseconds by name and size."""
     table, medians = Table(), {}
     num_rows = max(ROWS_OF_BATCHES, *sizes)
-    # A loss of one's own gets all logits. This one is the default.
+    # A custom loss receives all logits. This one computes the same values as the default.
     own_loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     rows = model(row_sparse, num_rows, FLAGS.batch_dimension, "softmax")
     for batch_size in sizes:
@@ -188,7 +195,7 @@ def over_batches(peer, sizes):
                     dimension=FLAGS.batch_dimension,
                     steps=steps,
                 )
-        # Without a peer there is nothing to be compared in many turns.
+        # Without all logits and TFRS, there is nothing to compare over several turns.
         times = in_turns(functions, FLAGS.turns if batch_size <= FLAGS.materialised else 1, FLAGS.seconds)
         has_all = "all logits" in times
         row = {
@@ -211,7 +218,7 @@ def over_batches(peer, sizes):
 
 
 def plot(path, rows, batch_medians):
-    """Draws how the time of a step grows with the table, and with the batch."""
+    """Plots the time of a step by number of rows, and by batch size."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5.5), constrained_layout=True)
@@ -227,41 +234,41 @@ def plot(path, rows, batch_medians):
                 axis.plot(*zip(*medians[name].items(), strict=True), label=label, color=color, marker=marker)
         axis.set(title=f"{objective.capitalize()}, batches of {FLAGS.batch_size:,}", xlabel="rows of each table")
     labels = {
-        "ours": ("loss and gradients, streamed where it pays", "C0", "o"),
-        "all logits": ("loss and gradients, all logits at once", "C1", "s"),
-        "step": ("step of training", "C3", "D"),
-        "TFRS": ("TFRS, step of training", "C2", "^"),
+        "ours": ("loss and gradients, default", "C0", "o"),
+        "all logits": ("loss and gradients, with all logits", "C1", "s"),
+        "step": ("training step", "C3", "D"),
+        "TFRS": ("TFRS, training step", "C2", "^"),
     }
     for name, (label, color, marker) in labels.items():
         if name in batch_medians:
             axes[2].plot(*zip(*batch_medians[name].items(), strict=True), label=label, color=color, marker=marker)
     axes[2].set(title="Softmax over the batch", xlabel="batch size")
     for axis in axes:
-        axis.set(xscale="log", yscale="log", ylabel="milliseconds a step")
+        axis.set(xscale="log", yscale="log", ylabel="milliseconds per step")
         axis.grid(alpha=0.3)
-        # Below, where it hides no point.
+        # Below the axes, so that the legend hides no points.
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     figure.savefig(path, dpi=120)
-    print(f"Picture: {path}")
+    print(f"Plot: {path}")
 
 
 def main(_):
-    """Times each size, prints the tables, and draws them."""
+    """Times each size, prints the tables, and plots them if asked."""
     logging.set_verbosity(logging.WARNING)
     row_sizes = [1000, 100_000] if FLAGS.quick else sorted(int(n) for n in FLAGS.rows)
     batch_sizes = [1000, 4096] if FLAGS.quick else sorted(int(n) for n in FLAGS.batch_sizes)
     if row_sizes[0] < FLAGS.batch_size:
         raise app.UsageError(
-            f"Batches hold no row twice. Received: --batch_size={FLAGS.batch_size} for {row_sizes[0]} rows. "
-            "Ask for smaller batches, or more rows."
+            f"A table needs at least as many rows as a batch. Received: --batch_size={FLAGS.batch_size} for "
+            f"{row_sizes[0]} rows. Use smaller batches, or more rows."
         )
     print_setting()
     peer = tfrs_peer(FLAGS.tfrs_python)
     rows = {}
     for objective in OBJECTIVES:
-        print(f"\nTables that grow, batches of {FLAGS.batch_size:,}, {FLAGS.dimension} dimensions:\n")
+        print(f"\nResults by number of rows, batches of {FLAGS.batch_size:,}, {FLAGS.dimension} dimensions:\n")
         rows[objective] = over_rows(peer, objective, row_sizes)
-    print(f"\nBatches that grow, softmax over the batch, {FLAGS.batch_dimension} dimensions:\n")
+    print(f"\nResults by batch size, softmax over the batch, {FLAGS.batch_dimension} dimensions:\n")
     batch_medians = over_batches(peer, batch_sizes)
     if peer is not None:
         peer.close()

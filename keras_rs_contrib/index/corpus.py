@@ -91,9 +91,9 @@ def check_finite(embeddings: Any) -> None:
 def checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Returns two numbers that change with any bit of the variables, and with the order of their elements.
 
-    Formula, modulo 2**32, over the variables: `c = 31 c + sum over i of bits[i] w[i]`, starting from 1, with odd weights
-    `w[i]`, so that no change of a single element is lost. Zeros at the end of a variable do not count: padding rows
-    change nothing.
+    Formula, modulo 2**32, from `c = 1`, for each variable: `c = 31 c + sum over i of bits[i] w[i]`. The weights `w[i]`
+    are odd, so that no change of a single element is lost. Zeros at the end of a variable add nothing, and so padding
+    rows do not count.
     """
     if keras.backend.backend() == "jax":
         return np.asarray(_jax_checksum([variable.value for variable in variables])).view("int32")
@@ -102,7 +102,8 @@ def checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.int
         bits = _bits(ops.convert_to_numpy(variable.value))
         for i, (factor, offset) in enumerate(CHECKSUM_WEIGHTS):
             weights = (np.arange(bits.size, dtype="uint32") * np.uint32(factor) + np.uint32(offset)) | np.uint32(1)
-            total[i] = total[i : i + 1] * np.uint32(31) + np.sum(bits * weights, dtype="uint32", keepdims=True)
+            # Slices, because scalars warn when they overflow.
+            total[i : i + 1] = total[i : i + 1] * np.uint32(31) + np.sum(bits * weights, dtype="uint32")
     return total.view("int32")
 
 

@@ -9,7 +9,8 @@ import keras
 import keras_rs
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval, is_table
+from keras_rs_contrib.index.candidate_store import is_table
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.tables.layout import axis_of_rows, check_mesh_axis, check_rows_divide
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 

@@ -1,8 +1,8 @@
-"""Exact top-k of a candidate table, whole or split over devices: pure functions of arrays.
+"""Exact top-k of a candidate table, on one device or split over several: pure functions of arrays.
 
-A block of scores is searched in two levels: the maxima of groups of consecutive rows, and then the rows of the best k
-groups. Both levels read a block once, while a top-k of the whole block would cost as much as the matrix product that
-computes it.
+The search of a block of scores has two levels: the maxima of groups of consecutive rows, then the rows of the k best
+groups. Together, both levels read the block about once. A top-k of the whole block would cost as much as the matrix
+product that computes the scores.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from keras_rs_contrib.index.exchange import Exchange, on_shards
 from keras_rs_contrib.index.score_blocks import LOWEST, Search, in_blocks, score_block, to_keys, without_padding
 from keras_rs_contrib.scores import score_matrix
 
-# Scores in a block from which two levels are faster than one.
+# The smallest number of scores in a block for which two levels are faster than one.
 MIN_TWO_LEVEL_SIZE = 2**16
-# Up to this many ids are compared with each id of a result; more are sorted first.
+# Up to this many excluded ids are compared with each result. Longer lists are sorted and searched.
 MAX_COMPARED_IDS = 256
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function compiled, on JAX: run eagerly, each of its steps would write the scores anew."""
+    """Compiles a function on JAX. In eager mode, each operation would write a new copy of the scores."""
     return jax.jit(function, static_argnames=("k", "search")) if keras.backend.backend() == "jax" else function
 
 
@@ -45,24 +45,25 @@ def top_k(
 ) -> tuple[Any, Any]:
     """Returns the k candidates with the highest scores for each query, best first.
 
-    Equal scores rank by lower row first, and a NaN score ranks as -inf. On a mesh, each device scores queries with its
-    own rows. A table that every device holds needs no traffic. If the rows are split, k pairs for each query and shard
-    travel, and neither scores nor rows of the table. If one mesh axis splits both, the queries travel too.
+    Equal scores rank by row, lower rows first. NaN scores rank as -inf. On a mesh, each device scores queries with its
+    own rows. If each device holds the whole table, devices exchange nothing. If the rows are split, they exchange k
+    pairs of a score and a row for each query and shard, but not the score matrix or the table. If the same mesh axis
+    splits queries and rows, they exchange the queries too.
 
     Args:
-        query_embeddings: `[num_queries, embedding_dim]` float, split over the batch axis or not.
-        table: `[num_rows, embedding_dim]` float, laid out as `search.layout` says.
+        query_embeddings: `[num_queries, embedding_dim]` float, optionally split over the batch axis.
+        table: `[num_rows, embedding_dim]` float, with the layout `search.layout`.
         k: the number of candidates, at most `search.num_candidates`.
-        search: how to search.
-        candidate_ids: `[search.num_candidates]` int32, or `None` if row numbers are the ids.
-        exclude_ids: `[num_queries, m]` int32 ids that are not returned for the query, -1 for none, at the cost of a
-            top-(k + m); or `None`.
-        excluded: `[num_rows]` bool, True for rows that are never returned, padding included, at a cost that does not
-            depend on their number; or `None`.
+        search: settings of the search.
+        candidate_ids: `[search.num_candidates]` int32, or `None` if the row numbers are the ids.
+        exclude_ids: `[num_queries, m]` int32 ids to exclude for each query, -1 for none; or `None`. The cost is that of
+            a top-(k + m).
+        excluded: `[num_rows]` bool, True for rows to exclude for all queries, including padding rows; or `None`. The
+            cost does not depend on their number.
 
     Returns:
-        Scores `[num_queries, k]` float32 and ids `[num_queries, k]` int32. If fewer than k candidates remain, the rest
-        are -inf and -1. A query with NaN has NaN scores and ids -1.
+        Scores `[num_queries, k]` float32 and ids `[num_queries, k]` int32. If fewer than k candidates remain, the other
+        scores are -inf and their ids -1. A query with NaN has NaN scores and ids -1.
     """
     if keras.backend.backend() != "jax":
         keys = to_keys(score_matrix(query_embeddings, table, search.similarity)[:, : search.num_candidates], ops)
@@ -78,7 +79,7 @@ def top_k(
         queries, exclude_ids = exchange.all_queries(queries), exchange.all_queries(exclude_ids)
         num_rows = shard.shape[0]
         first_row = exchange.first_row(num_rows)
-        # Rows to find in addition to k, because some are dropped afterwards. `excluded` rows are never found.
+        # The search finds extra rows, because `exclude_ids` are removed afterwards. It never finds `excluded` rows.
         num_dropped = 0 if exclude_ids is None else exclude_ids.shape[1]
         num_found = min(k + num_dropped, num_rows)
 
@@ -95,7 +96,7 @@ def top_k(
             # Each shard keeps up to k rows: all k winners may be on one shard.
             keys, rows = _without_excluded(keys, rows, min(k, num_rows), search, candidate_ids, exclude_ids)
         if exchange.num_shards > 1:
-            # In the order of the shards, and so of the rows: equal scores keep their order through the merge.
+            # The shards are in the order of their rows, so equal scores keep their order in the merge.
             keys, rows = exchange.own_queries(keys), exchange.own_queries(rows)
             keys, places = lax.top_k(keys, k)
             rows = jnp.take_along_axis(rows, places, axis=1)
@@ -114,16 +115,16 @@ def top_k(
 
 
 def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, Any]:
-    """Returns the k best rows of a block, and their keys.
+    """Returns the k best rows of a block and their sort keys.
 
     Args:
         scores: `[num_rows, num_queries]` float32.
-        k: how many rows.
+        k: the number of rows.
         excluded: `[num_rows]` bool, or `None`.
-        search: names the recall.
+        search: settings of the search.
 
     Returns:
-        Keys `[num_queries, k]` float32, -inf for an excluded row, and rows `[num_queries, k]` int32.
+        Keys `[num_queries, k]` float32, -inf for excluded rows, and rows `[num_queries, k]` int32.
     """
 
     def all_keys() -> Any:
@@ -141,10 +142,10 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
         keys = all_keys()
         return _two_level_top_k(keys, _reduce_groups(keys, lax.max, -np.inf, group_size), k, group_size, lambda x: x)
     maxima = _reduce_groups(scores, lax.max, -np.inf, group_size)
-    # Sums, as XLA's maxima over windows pass over what is no number, and over what came before it.
+    # XLA's maximum over a window ignores a NaN and the values before it. The sums detect NaN instead.
     sums = _reduce_groups(scores, lax.add, 0.0, group_size)
-    # Cleaning all scores would cost as much as finding the maxima: it waits until one of them is no number, and then
-    # goes query by query, for its memory is set aside in any case.
+    # Replacing NaN in all scores would cost as much as the maxima, so it runs only if a sum is NaN. It runs query by
+    # query, because XLA allocates the memory of this branch in any case.
     return lax.cond(  # type: ignore[no-any-return]
         jnp.isnan(sums).any(),
         lambda scores, maxima: lax.map(
@@ -165,17 +166,17 @@ def _one_level_top_k(keys: Any, k: int) -> tuple[Any, Any]:
 
 
 def _group_size(num_rows: int, k: int) -> int:
-    """Returns how many rows make a group, 1 where a search in two levels does not pay.
+    """Returns the number of rows in a group, or 1 if a search in two levels is not faster.
 
-    The first level searches `num_rows / group_size` maxima and the second `k * group_size` rows: least where they are
-    equal, at the square root.
+    Formula: `group_size = sqrt(num_rows / k)`, rounded to a power of 2 and clipped to [16, 128]. The first level
+    searches `num_rows / group_size` maxima, the second `k * group_size` rows. The total is smallest if both are equal.
     """
     size = 2 ** round(np.log2(max(1.0, num_rows / k)) / 2)
     return 1 if size < 8 else int(np.clip(size, 16, 128))
 
 
 def _reduce_groups(scores: Any, operation: Callable[[Any, Any], Any], initial: float, group_size: int) -> Any:
-    """Returns the reduction of each whole group of consecutive rows, `[num_groups, num_queries]`."""
+    """Returns the reduction of each full group of consecutive rows, `[num_groups, num_queries]`."""
     window = (group_size, 1)
     return lax.reduce_window(scores, initial, operation, window, window, "VALID")
 
@@ -183,20 +184,20 @@ def _reduce_groups(scores: Any, operation: Callable[[Any, Any], Any], initial: f
 def _two_level_top_k(
     scores: Any, maxima: Any, k: int, group_size: int, key_of: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """Returns the best k rows, all of which lie in the best k groups, or after the last whole group.
+    """Returns the k best rows. They are all in the k best groups, or after the last full group.
 
-    Exact, also in its order: a row outside the best k groups has at least k rows before it, one in each. Groups of
-    consecutive rows keep this true for equal scores, of which the lower row is better.
+    The rows and their order are exact: each row outside the k best groups has at least one better row in each of these
+    groups. This includes equal scores, because groups have consecutive rows and the lower row ranks first.
 
     Args:
         scores: `[num_rows, num_queries]` float32.
-        maxima: `[num_groups, num_queries]`, of the groups' scores.
-        k: how many rows, at most `num_groups`.
-        group_size: rows in a group.
-        key_of: applied to scores before they are ordered.
+        maxima: `[num_groups, num_queries]` float32, the maximum of each group.
+        k: the number of rows, at most `num_groups`.
+        group_size: the number of rows in a group.
+        key_of: function from scores to sort keys.
 
     Returns:
-        Keys `[num_queries, k]` and rows `[num_queries, k]` int32.
+        Keys `[num_queries, k]` float32 and rows `[num_queries, k]` int32.
     """
     num_rows, num_queries = scores.shape
     _, groups = lax.top_k(key_of(maxima).T, k)
@@ -219,15 +220,18 @@ def _two_level_top_k(
 def _without_excluded(
     keys: Any, rows: Any, k: int, search: Search, candidate_ids: Any, exclude_ids: Any
 ) -> tuple[Any, Any]:
-    """Returns the first k rows that a query may get, in their order, and their keys; -inf beyond the last.
+    """Returns the k best rows without excluded rows and padding rows, and their sort keys.
 
     Args:
         keys: `[num_queries, n]` float32, best first.
         rows: `[num_queries, n]` int32 rows of the whole table.
-        k: how many rows.
-        search: names the number of candidates.
+        k: the number of rows.
+        search: settings of the search.
         candidate_ids: `[num_candidates]` int32, or `None`.
         exclude_ids: `[num_queries, m]` int32, or `None`.
+
+    Returns:
+        Keys `[num_queries, k]` float32, -inf if fewer than k rows remain, and rows `[num_queries, k]` int32.
     """
     dropped = ops.greater_equal(rows, search.num_candidates)
     if exclude_ids is not None:
@@ -237,7 +241,15 @@ def _without_excluded(
 
 
 def contains(sets: Any, ids: Any) -> Any:
-    """Returns which of the `[num_queries, n]` ids are in their query's set, of `[num_queries, m]`."""
+    """Returns whether each id is in the set of its query.
+
+    Args:
+        sets: `[num_queries, m]` int32 ids.
+        ids: `[num_queries, n]` int32 ids.
+
+    Returns:
+        `[num_queries, n]` bool.
+    """
     if sets.shape[1] <= MAX_COMPARED_IDS or keras.backend.backend() != "jax":
         return ops.any(ops.equal(ops.expand_dims(ids, 2), ops.expand_dims(sets, 1)), axis=2)
     ordered = jnp.sort(sets, axis=1)
@@ -252,9 +264,9 @@ def _ids(rows: Any, candidate_ids: Any) -> Any:
 
 
 def _result(query_embeddings: Any, keys: Any, rows: Any, num_candidates: int, candidate_ids: Any) -> tuple[Any, Any]:
-    """Returns scores and ids of the rows found."""
+    """Returns the scores and ids of the rows that the search has found."""
     has_nan = ops.any(ops.isnan(query_embeddings), axis=1, keepdims=True)
-    # An approximate search may find padding rows.
+    # An approximate search may return padding rows.
     found = ops.logical_and(ops.greater(keys, -np.inf), ops.less(rows, num_candidates))
     found = ops.logical_and(found, ops.logical_not(has_nan))
     result_scores = ops.where(ops.greater(keys, LOWEST), keys, -np.inf)
@@ -265,7 +277,7 @@ def _result(query_embeddings: Any, keys: Any, rows: Any, num_candidates: int, ca
 
 
 def _platform(search: Search) -> str:
-    """Returns which kind of device does the search."""
+    """Returns the platform of the devices that run the search."""
     if search.layout is None:
         return str(jax.default_backend())
     return str(search.layout.mesh.devices.flat[0].platform)

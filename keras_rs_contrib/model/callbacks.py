@@ -1,4 +1,4 @@
-"""Callbacks of training: an index kept up to date, and metrics of queries with several positives."""
+"""Callbacks that refresh an index, and that evaluate queries with several positives."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from keras_rs_contrib.metrics import RankMetric
 class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
     """Refreshes an index before each validation and at the end of training.
 
-    An index that is tied to an embedding is never stale, and is left alone.
+    The index of an embedding is never stale: it is left unchanged.
 
     Args:
-        index: what `shard_candidates` returned for a feature tower.
-        verbose: as of `ShardedBruteForceRetrieval.refresh`.
+        index: the result of `shard_candidates` for a feature tower.
+        verbose: as in `ShardedBruteForceRetrieval.refresh`.
 
     Raises:
-        TypeError: if `index` is no `ShardedBruteForceRetrieval`.
+        TypeError: if `index` is not a `ShardedBruteForceRetrieval`.
 
     Example:
     ```python
@@ -36,33 +36,33 @@ class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
         if not isinstance(index, ShardedBruteForceRetrieval):
             raise TypeError(
                 "`index` must be a `ShardedBruteForceRetrieval`. "
-                f"Received: {index!r} (of type {type(index).__name__}). Pass what `shard_candidates` returned."
+                f"Received: {index!r} (of type {type(index).__name__}). Pass the result of `shard_candidates`."
             )
         self.index = index
         self.verbose = verbose
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refreshes the index: metrics are about the tower as it is now."""
+        """Refreshes the index, so that metrics use the current tower."""
         self.index.refresh_if_stale(self.verbose)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Refreshes the index, so that what is saved next is up to date."""
+        """Refreshes the index, so that a model saved next holds a current index."""
         self.index.refresh_if_stale(self.verbose)
 
 
 class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
-    """Adds the corpus metrics of queries with several positives to the logs of epochs.
+    """Adds the corpus metrics of queries with several positives to the logs of each epoch.
 
-    They stand beside what validation gives, under the same names with a prefix: in the progress bar, in the history,
-    and for callbacks that come after this one, such as `EarlyStopping`.
+    The metrics appear next to the validation metrics, with a prefix before their names: in the progress bar, in the
+    history, and in the logs of callbacks that come after this one, such as `EarlyStopping`.
 
     Args:
-        query_features: as of `TwoTowerModel.evaluate_queries`, as are the next two.
-        positive_ids: `[num_queries, m]` ints.
-        exclude_ids: `[num_queries, n]` ints.
-        metrics: metrics of ranks; by default the model's `corpus_metrics`.
-        epochs: the epochs to do so after, numbered from 1; `None` for each.
-        prefix: of the names in the logs.
+        query_features: dict of `[num_queries, ...]` arrays, as in `TwoTowerModel.evaluate_queries`.
+        positive_ids: `[num_queries, m]` ints, positives of each query, padded with -1.
+        exclude_ids: `[num_queries, n]` ints, excluded ids of each query, padded with -1, or `None`.
+        metrics: rank metrics. By default, `corpus_metrics` of the model.
+        epochs: the epochs after which to evaluate, counted from 1; `None` for all.
+        prefix: prefix of the names in the logs.
 
     Example:
     ```python
@@ -90,16 +90,17 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         self.prefix = prefix
 
     def set_model(self, model: keras.Model) -> None:
-        """Takes the model, or raises `TypeError` where it evaluates no queries."""
+        """Sets the model, or raises `TypeError` if it has no `evaluate_queries`."""
         if not hasattr(model, "evaluate_queries"):
             raise TypeError(
                 "`EvaluateQueries` needs a `TwoTowerModel`. "
-                f"Received: a model of type {type(model).__name__}. Rank with its index in a callback of your own."
+                f"Received: a model of type {type(model).__name__}. "
+                "For other models, rank with the index in your own callback."
             )
         super().set_model(model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Evaluates the queries."""
+        """Evaluates the queries and adds their metrics to the logs."""
         if logs is None or (self.epochs is not None and epoch + 1 not in self.epochs):
             return
         values = self.model.evaluate_queries(

@@ -1,4 +1,4 @@
-"""How the arguments of a two-tower model fit one another, and their defaults."""
+"""Checks and defaults of the arguments of a two-tower model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import keras_rs
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type
-from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval, is_table
+from keras_rs_contrib.index.candidate_store import is_table
+from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
@@ -21,12 +22,12 @@ from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 
 
 def check_task(task: DistributedTwoTowerTask) -> None:
-    """Raises where there is no task (`TypeError`), or its loss is no scalar (`ValueError`)."""
+    """Raises `TypeError` if the task has the wrong type, or `ValueError` if its loss is not a scalar."""
     check_type("task", task, DistributedTwoTowerTask)
     if task.loss is not None and task.loss.reduction in (None, "none"):
         raise ValueError(
-            "The loss of the task must be one number a batch. Received: "
-            f'{type(task.loss).__name__} without a reduction. Give it `reduction="sum_over_batch_size"`.'
+            "The loss of the task must be a scalar. Received: "
+            f'{type(task.loss).__name__} without a reduction. Set `reduction="sum_over_batch_size"`.'
         )
 
 
@@ -38,7 +39,7 @@ def check_needs(
     mixed_negatives: MixedNegatives | None,
     cross_batch_memory: CrossBatchMemory | None,
 ) -> None:
-    """Raises `ValueError` where a model with labels is to have negatives, or ids are needed and have no name."""
+    """Raises `ValueError` if a model with labels has options for negatives, or an option needs candidate ids."""
     need_ids = {
         "sampling_probability": sampling_probability is not None,
         "mixed_negatives": mixed_negatives is not None,
@@ -53,21 +54,21 @@ def check_needs(
     about_negatives = [name for name, given in need_negatives.items() if given]
     if label is not None and about_negatives:
         raise ValueError(
-            "With `label` each query scores its own candidate only: there are no negatives. Received: `label` "
-            f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+            "With `label`, each query scores only its own candidate: there are no negatives. Received: `label` "
+            f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop `label` or the other arguments."
         )
     if mixed_negatives is not None and sampling_probability is not None:
         raise ValueError(
-            "`MixedNegatives` has a `StreamingSamplingProbability` of its own, and no batch is to count twice. "
-            "Received: `mixed_negatives` and `sampling_probability`. Drop the latter."
+            "`mixed_negatives` has its own `StreamingSamplingProbability`, which replaces that of the model. "
+            "Received: `mixed_negatives` and `sampling_probability`. Drop `sampling_probability`."
         )
     if candidate_id is not None:
         return
     needs = [name for name, given in need_ids.items() if given]
     if needs:
         raise ValueError(
-            f"The ids of candidates are needed. Received: `{needs[0]}`, and candidate_id=None. "
-            "Name the feature that holds the ids in `candidate_id`."
+            f"`{needs[0]}` needs candidate ids. Received: candidate_id=None. "
+            "Set `candidate_id` to the name of the feature that holds the ids."
         )
 
 
@@ -84,21 +85,21 @@ def check_drawn_ids(
     candidate_features: list[str],
     candidate_id: str | None,
 ) -> None:
-    """Raises `ValueError` where the tower cannot embed the ids that are drawn."""
+    """Raises `ValueError` if the candidate tower cannot embed the ids that are drawn."""
     if mixed_negatives is None:
         return
     if candidate_features != [candidate_id]:
         raise ValueError(
-            "`mixed_negatives` draws ids, which must be all that the candidate tower needs. Received: "
+            "`mixed_negatives` draws ids, which must be the only feature of the candidate tower. Received: "
             f"candidate_features={candidate_features} and candidate_id={candidate_id!r}. Let the tower look up the "
-            "other features by the id, in a table of the corpus."
+            "other features by id, in a table of the corpus."
         )
     num_candidates = mixed_negatives.sampling_probability.num_candidates
     if is_table(candidate_tower) and num_candidates > candidate_tower.input_dim:
         raise ValueError(
             "`mixed_negatives` must draw rows of the candidate tower. Received: "
             f"{num_candidates} candidates to draw from, for {candidate_tower.input_dim} rows. "
-            "Make its `StreamingSamplingProbability` of as many candidates as the tower has rows."
+            "Create its `StreamingSamplingProbability` with at most as many candidates as rows."
         )
 
 
@@ -108,19 +109,19 @@ def feature_of_ids(
     candidate_tower: keras.layers.Layer,
     index: ShardedBruteForceRetrieval | None,
 ) -> str | None:
-    """Returns the name of the feature that holds the ids: of a tower that is an embedding, its one feature."""
+    """Returns the name of the feature that holds candidate ids: by default, the only feature of an embedding tower."""
     if candidate_id is not None or not is_table(candidate_tower) or len(candidate_features) != 1:
         return candidate_id
     if index is not None and index.candidate_ids is not None:
         raise ValueError(
-            "An index with `candidate_ids` needs to know which feature holds them. Received: "
-            "candidate_id=None. Name that feature in `candidate_id`."
+            "An index with `candidate_ids` needs the name of the feature that holds them. Received: "
+            "candidate_id=None. Set `candidate_id` to that name."
         )
     return candidate_features[0]
 
 
 def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[RankMetric]:
-    """Returns the metrics given, or those at `k`."""
+    """Returns the given metrics, or by default those at `k`."""
     if isinstance(metrics, RankMetric):
         metrics = [metrics]
     metrics = [RecallAtK(k), NDCGAtK(k), MeanReciprocalRank()] if metrics is None else list(metrics)
@@ -128,16 +129,14 @@ def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[Rank
         check_type("corpus_metrics", metric, RankMetric)
     names = [metric.name for metric in metrics]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"`corpus_metrics` must have names that differ. Received: {names}. Drop one, or give it a name."
-        )
+        raise ValueError(f"`corpus_metrics` must have different names. Received: {names}. Drop or rename one of them.")
     return metrics
 
 
 def index_of_tower(
     retrieval: keras_rs.layers.BruteForceRetrieval | None, candidate_tower: keras.layers.Layer, similarity: str
 ) -> ShardedBruteForceRetrieval | None:
-    """Returns the index of the candidate tower."""
+    """Returns the index of the candidate tower, or `None` if it has none."""
     if retrieval is None:
         if not is_table(candidate_tower):
             return None
@@ -146,13 +145,13 @@ def index_of_tower(
         return shard_candidates(retrieval, candidate_tower, similarity=similarity)
     if retrieval.candidate_tower is not candidate_tower:
         raise ValueError(
-            "The index must be that of the model's candidate tower. Received: "
-            f"an index of {retrieval.candidate_tower.name!r} and the tower {candidate_tower.name!r}. "
+            "The index must belong to the candidate tower of the model. Received: "
+            f"an index of {retrieval.candidate_tower.name!r} and the candidate tower {candidate_tower.name!r}. "
             "Pass the same layer to both."
         )
     if retrieval.similarity != similarity:
         raise ValueError(
-            "The index must rank by the similarity that is trained. Received: "
+            "The index must rank by the similarity of the task. Received: "
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
     return retrieval

@@ -16,7 +16,7 @@ from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
-class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
+class PaddedModel(_keras.LossPerExample):
     """Keras's entry points for a model with an index: batches are checked and padded, and the index is refreshed.
 
     Attributes:
@@ -50,7 +50,7 @@ class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
         """Refreshes the index of a feature tower, if the tower has changed since.
 
         Raises:
-            ValueError: if it has, in a loaded model whose index does not have the tower's inputs.
+            ValueError: if the tower has changed in a loaded model, whose index does not hold the tower's inputs.
         """
         if self.inputs.retrieval is not None:
             self.inputs.retrieval.refresh_if_stale()
@@ -77,8 +77,8 @@ class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
         """Trains the model: see `keras.Model.fit`.
 
         Raises:
-            ValueError: if a batch is invalid, or the loss of an epoch is not finite; the progress until then is in
-                `model.history`.
+            ValueError: if a batch is invalid, or the loss of an epoch is not finite. `model.history` still holds the
+                epochs up to the error.
         """
         x = self.inputs.to_arrays(x, y)
         if class_weight is not None and isinstance(x, dict) and y is None:
@@ -158,7 +158,7 @@ class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
                 return_dict=return_dict,
                 **kwargs,
             )
-        # Keras returns a dict, a list that begins with the loss, or the loss alone.
+        # Keras returns a dict, a list that begins with the loss, or only the loss.
         loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
         if self.check_inputs and not math.isfinite(loss):
             raise ValueError(not_finite(self.trainable_variables, "loss", loss))
@@ -182,7 +182,7 @@ class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
             callbacks: as in `keras.Model.predict`.
 
         Returns:
-            `(scores, ids)`, `[num_queries, k]` float32 and int32 NumPy arrays, or the ids alone.
+            `(scores, ids)`, `[num_queries, k]` float32 and int32 NumPy arrays, or only the ids.
 
         Raises:
             ValueError: if a batch is invalid, or the model has no index.
@@ -203,7 +203,7 @@ class PaddedModel(_keras.LossPerExample):  # type: ignore[misc]
         """Trains on one batch: see `keras.Model.train_on_batch`."""
         if class_weight is not None:
             raise ValueError(
-                "`class_weight` is not supported on single batches. Received: one. Pass the weights as `sample_weight`."
+                "`class_weight` is not supported for single batches. Received: one. Pass weights as `sample_weight`."
             )
         x, y, sample_weight = self.inputs.batch(x, y, sample_weight)
         self.reset_metrics()

@@ -43,8 +43,8 @@ class Recommendations(NamedTuple):
     """What `TwoTowerModel.recommend` returns.
 
     Attributes:
-        ids: `[num_queries, k]` int32 candidate ids, best first; -1 where fewer than k candidates remain.
-        scores: `[num_queries, k]` float32, likewise; -inf where fewer remain.
+        ids: `[num_queries, k]` int32 candidate ids, best first, padded with -1 if fewer than k candidates remain.
+        scores: `[num_queries, k]` float32 scores of `ids`, padded with -inf.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -55,55 +55,59 @@ class Recommendations(NamedTuple):
 class TwoTowerModel(PaddedModel):
     """A two-tower retrieval model on dicts of features.
 
-    Batches are dicts of `[batch, ...]` arrays, as arrays, `tf.data.Dataset` or `keras.utils.PyDataset`, of any size on
-    any number of devices: they are filled up with rows of weight 0, which have no part in losses, metrics and
-    predictions. A row whose `sample_weight` is 0 is taken as absent too: neither positive nor negative.
+    Batches are dicts of `[batch, ...]` arrays. They come from arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset`,
+    and may have any size on any number of devices: the model pads them with rows of weight 0, which do not affect
+    losses, metrics or predictions. Every row whose `sample_weight` is 0 counts as absent: it is neither a positive nor
+    a negative.
 
-    Trained without `label`, each query's candidate is a positive and the other candidates of the batch, over all
-    devices, are negatives. Trained with `label`, the score of each pair is compared with its label. `evaluate` gives
-    the loss, and metrics over the whole corpus, where ids of candidates are known. `predict`, and a call with query
-    features alone, give the top k of the index.
+    Without `label`, each query's candidate is a positive, and the other candidates of the global batch are negatives.
+    With `label`, the score of each pair is compared with its label. `evaluate` returns the loss and, if candidate ids
+    are known, metrics over the whole corpus. `predict`, and a call with query features only, return the top k of the
+    index.
 
-    An index over a feature tower is refreshed wherever it is needed and the tower has changed since: in `evaluate`,
-    `predict`, `recommend`, `evaluate_queries` and saving. A direct call takes the index as it is, and checks nothing.
+    A plain `keras.layers.Embedding` candidate tower stays plain: it is neither replaced nor padded, and the index reads
+    its variable. The index of any other tower holds the output of the tower. `evaluate`, `predict`, `recommend`,
+    `evaluate_queries` and saving refresh it if the tower has changed. A direct call neither refreshes the index nor
+    checks the values of the batch.
 
-    What mixes the rows of a batch in training, such as batch normalization or activity regularization, sees the rows
-    that fill a batch up, which repeat its last: with such towers choose batches that divide over the devices.
+    Layers that mix the rows of a batch in training, such as batch normalization or activity regularization, also see
+    padding rows, which repeat the last row of the batch. With such towers, choose batches that divide over the devices.
 
     Args:
-        query_tower: any Keras layer or model that maps query features to `[batch, embedding_dim]`.
-        candidate_tower: likewise for candidates.
-        query_features: name of the query tower's feature, which it gets as a tensor; or several names, which it gets as
-            a dict.
-        candidate_features: likewise for candidates.
-        candidate_id: name of the feature that holds the id of each candidate, as the index has it. By default, of a
-            candidate tower that is an embedding, its one feature.
-        label: name of the feature that holds what the scores are to be; it may also come as `y`. `None` to train on
-            positives.
-        task: a `DistributedTwoTowerTask`; by default a plain one.
-        retrieval: what `shard_candidates` returned for the candidate tower, or a plain
-            `keras_rs.layers.BruteForceRetrieval` for a tower that is an embedding; by default, for such a tower,
-            `BruteForceRetrieval(k=10)`. Without an index the model only trains.
-        sampling_probability: a `StreamingSamplingProbability`, for the log-q correction of in-batch softmax; it gets
-            candidate ids. `None` for no correction.
-        mixed_negatives: a `MixedNegatives`, whose draws are negatives too, in training, and which corrects for sampling
-            itself. For candidate towers that need nothing but the id.
-        cross_batch_memory: a `CrossBatchMemory`, whose candidates are negatives too, in training.
-        exclude_feature: name of a feature of `[batch, m]` ids that a query is not to get in `evaluate`, `predict` and
-            calls, -1 for none. Batches may lack it.
-        corpus_metrics: metrics of ranks for `evaluate`, such as `RecallAtK(10)`. By default recall and NDCG at the
-            index's `k`, and the mean reciprocal rank; none where the list is empty.
-        check_inputs: whether to look at each batch on the host, before it is used, for ids that have no row in a table
-            and for numbers that are NaN or infinite, and at the loss of each epoch. Errors count rows within the batch
-            as it was drawn: `shuffle=False` keeps the order of the data. A feature that a tower changes before it looks
-            it up is not checked.
+        query_tower: a Keras layer or model that maps query features to `[batch, embedding_dim]` embeddings.
+        candidate_tower: a Keras layer or model that maps candidate features to `[batch, embedding_dim]` embeddings.
+        query_features: names of the features of the query tower. With one name, the tower receives a tensor; with
+            several, a dict.
+        candidate_features: names of the features of the candidate tower. With one name, the tower receives a tensor;
+            with several, a dict.
+        candidate_id: name of the feature that holds the candidate ids of the index. By default, the only feature of a
+            candidate tower that is an embedding.
+        label: name of the feature that holds labels, to which scores are fitted. The labels may also be passed as `y`.
+            `None` trains on positives.
+        task: a `DistributedTwoTowerTask`. By default, `DistributedTwoTowerTask()`.
+        retrieval: the result of `shard_candidates` for the candidate tower or, if the tower is an embedding, a plain
+            `keras_rs.layers.BruteForceRetrieval`. By default, `BruteForceRetrieval(k=10)` if the tower is an embedding.
+            Without an index, the model does not retrieve, and `evaluate` has no corpus metrics.
+        sampling_probability: a `StreamingSamplingProbability`, which receives candidate ids, for the log-q correction
+            of the in-batch softmax. `None` for no correction.
+        mixed_negatives: a `MixedNegatives`, which draws additional negatives in training and applies its own log-q
+            correction. The id must be the only feature of the candidate tower.
+        cross_batch_memory: a `CrossBatchMemory`, whose candidates are additional negatives in training.
+        exclude_feature: name of the feature that holds excluded ids, `[batch, m]` ints, padded with -1. These
+            candidates are excluded for their query in `evaluate`, `predict` and calls. Batches may omit the feature.
+        corpus_metrics: rank metrics for `evaluate`, such as `RecallAtK(10)`. By default, recall and NDCG at the `k` of
+            the index, and the mean reciprocal rank. An empty list for none.
+        check_inputs: whether to check each batch on the host before the model uses it, and the loss of each epoch. Ids
+            outside their table, and values or losses that are not finite, are errors. Error messages count rows within
+            the batch; `shuffle=False` keeps the order of the data. Ids that a tower transforms before the lookup are
+            not checked.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: if arguments do not fit one another. On bad batches see `check_inputs`; also where a feature is
-            missing, labels come without `label`, or there is no batch at all.
-        NotImplementedError: on another backend than JAX.
+        TypeError: if an argument has the wrong type.
+        ValueError: if arguments do not fit together. On data, if a check of `check_inputs` fails, a feature is missing,
+            labels come without `label`, or the data are empty.
+        NotImplementedError: if the backend is not JAX.
 
     Example:
     ```python
@@ -179,7 +183,7 @@ class TwoTowerModel(PaddedModel):
         object.__setattr__(self, "inputs", ModelInputs(names, lookups, self.retrieval, probability, check_inputs))
         object.__setattr__(self, "_seen_features", {})
 
-    # Keras's own entry points, on batches that are checked and filled up.
+    # Compilation.
 
     def compile(
         self,
@@ -189,63 +193,63 @@ class TwoTowerModel(PaddedModel):
         weighted_metrics: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Configures the training: see `keras.Model.compile`.
+        """Configures training: see `keras.Model.compile`.
 
         Args:
-            optimizer: as of `keras.Model.compile`.
-            metrics: metrics of labels and scores, for a model with `label`. Rows that fill a batch up are in no metric,
-                and so each gets the sample weights.
-            weighted_metrics: likewise.
-            **kwargs: further arguments of `keras.Model.compile`, but for `loss`, which the task has.
+            optimizer: as in `keras.Model.compile`.
+            metrics: metrics of labels and scores, for a model with `label`. All of them receive the sample weights, so
+                that padding rows do not count.
+            weighted_metrics: more metrics of labels and scores, treated like `metrics`.
+            **kwargs: other arguments of `keras.Model.compile`, except `loss`, which the task defines.
 
         Raises:
-            ValueError: if a loss is given, or metrics of labels without `label`, or metrics of ranks.
+            ValueError: if a loss or a rank metric is given, or a metric of labels for a model without `label`.
         """
         if kwargs.get("loss") is not None or kwargs.get("loss_weights") is not None:
             raise ValueError(
-                "The loss is that of the task. Received: a loss in `compile`. "
+                "The task defines the loss. Received: a loss in `compile`. "
                 "Pass `task=DistributedTwoTowerTask(loss=...)` to the model."
             )
         all_metrics = [*(metrics or []), *(weighted_metrics or [])]
         if any(isinstance(metric, RankMetric) for metric in all_metrics):
             raise ValueError(
-                "The metrics of `compile` compare labels with scores. Received: one of ranks. "
+                "The metrics of `compile` compare labels with scores. Received: a rank metric. "
                 "Pass it to the model as `corpus_metrics`."
             )
         if all_metrics and self.label is None:
             raise ValueError(
                 "The metrics of `compile` compare labels with scores. Received: metrics for a model without `label`. "
-                "Name the feature that holds labels in `label`, or pass metrics of ranks as `corpus_metrics`."
+                "Set `label` to the name of the feature that holds labels, or pass rank metrics as `corpus_metrics`."
             )
         super().compile(optimizer, weighted_metrics=all_metrics or None, **kwargs)
         check_optimizer_of_tables(self.optimizer, self)
         self._has_label_metrics = bool(all_metrics)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles the model as it was when it was saved."""
+        """Compiles a loaded model as it was compiled before saving."""
         config = keras.saving.deserialize_keras_object(config)
         self.compile(**config)
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
-    # What a step does. To override as of any `keras.Model`.
+    # One step. Subclasses can override these methods, as in any `keras.Model`.
 
     def call(self, features: dict[str, Any], training: bool | None = None) -> Any:
-        """Embeds a batch, or retrieves for it.
+        """Embeds queries and candidates, or retrieves candidates for queries.
 
         Args:
             features: dict of `[batch, ...]` arrays.
-            training: whether the towers train.
+            training: whether the towers run in training mode.
 
         Returns:
-            With query features alone, what the index returns. With candidate features too, a dict of
-            `query_embeddings` and `candidate_embeddings`, and, outside of training, where ids, an index and
-            `corpus_metrics` are there, the `ranks` of the candidates in the whole corpus, `[batch]` int32. In training
-            with `mixed_negatives`, the embeddings of their draws follow those of the batch, and their ids are
-            `drawn_ids`.
+            With query features only, the result of the index. With candidate features too, a dict with the keys
+            `query_embeddings` and `candidate_embeddings`, `[batch, embedding_dim]` float. Outside of training, if the
+            model has candidate ids, an index and `corpus_metrics`, the dict also holds `ranks`, `[batch]` int32: the
+            ranks of the candidates in the whole corpus. In training with `mixed_negatives`, it also holds `drawn_ids`,
+            `[num_negatives]` int32, whose embeddings follow those of the batch in `candidate_embeddings`.
 
         Raises:
-            TypeError: if `features` is no dict.
+            TypeError: if `features` is not a dict.
             ValueError: if features are missing, or the model has no index to retrieve from.
         """
         self.inputs.names.check(features, self.query_features)
@@ -259,14 +263,14 @@ class TwoTowerModel(PaddedModel):
         result = {"query_embeddings": query_embeddings}
         if training and self.mixed_negatives is not None:
             result["drawn_ids"] = self.mixed_negatives.draw()
-            # At once, as a `RowSparseEmbedding` needs it.
+            # One lookup for both, because a `RowSparseEmbedding` allows one per step.
             candidates = ops.concatenate([ops.cast(candidates, "int32"), result["drawn_ids"]])
         candidate_embeddings = self.candidate_tower(candidates, training=training)
         result["candidate_embeddings"] = candidate_embeddings
         if self.cross_batch_memory is not None and not self.cross_batch_memory.built:
             self.cross_batch_memory.build(candidate_embeddings.shape)
         if self.retrieval is not None and not self.retrieval.built:
-            # Also where nothing below calls it: Keras wants all layers built by the first batch.
+            # Keras expects the first batch to build all layers, even if nothing below calls the index.
             self.retrieval.build(query_embeddings.shape)
         if training or not self.ranks_in_evaluation:
             return result
@@ -279,14 +283,14 @@ class TwoTowerModel(PaddedModel):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """Returns the loss of the task, and what the layers add to it, such as regularization.
+        """Returns the loss of the task plus the losses that layers add, such as regularization.
 
         Args:
-            x: the batch.
-            y: labels, where `x` does not hold them.
-            y_pred: what `call` returned.
-            sample_weight: `[batch]`; a row of weight 0 is absent.
-            training: whether the batch counts for `sampling_probability`, and goes into `cross_batch_memory`.
+            x: dict of `[batch, ...]` features.
+            y: `[batch]` labels, if `x` does not hold them.
+            y_pred: the result of `call`.
+            sample_weight: `[batch]` float; a row of weight 0 is absent.
+            training: whether `sampling_probability` counts the batch, and `cross_batch_memory` keeps it.
         """
         labels = self.inputs.names.labels(x, y)
         candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
@@ -297,7 +301,7 @@ class TwoTowerModel(PaddedModel):
         return loss
 
     def _candidates(self, x: Any, y_pred: Any, candidate_mask: Any, training: bool) -> dict[str, Any]:
-        """Returns what the task is told of the candidates: those of the batch, of the draws and of the memory."""
+        """Returns the task's arguments for the candidates of the batch, of `mixed_negatives` and of the memory."""
         result = {"candidate_embeddings": y_pred["candidate_embeddings"], "candidate_mask": candidate_mask}
         if self.candidate_id is None or self.label is not None:
             return result
@@ -319,13 +323,13 @@ class TwoTowerModel(PaddedModel):
         return result
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Updates the metrics, and returns those that a batch of this kind has.
+        """Updates the metrics, and returns those that apply to the batch: rank metrics only if it has ranks.
 
         Args:
-            x: the batch.
-            y: labels, where `x` does not hold them.
-            y_pred: what `call` returned.
-            sample_weight: `[batch]`.
+            x: dict of `[batch, ...]` features.
+            y: `[batch]` labels, if `x` does not hold them.
+            y_pred: the result of `call`.
+            sample_weight: `[batch]` float; a row of weight 0 is absent.
         """
         has_ranks = "ranks" in y_pred
         if has_ranks:
@@ -340,12 +344,12 @@ class TwoTowerModel(PaddedModel):
             predictions = ops.expand_dims(ops.divide(predictions, self.task.temperature or 1.0), 1)
         result: dict[str, Any] = super().compute_metrics(x, labels, predictions, sample_weight)
         if not has_ranks:
-            # They would be reported as 0.
+            # Keras would report them as 0.
             for metric in self.corpus_metrics:
                 result.pop(metric.name, None)
         return result
 
-    # Retrieval outside of Keras's entry points.
+    # Retrieval.
 
     def recommend(
         self,
@@ -358,17 +362,18 @@ class TwoTowerModel(PaddedModel):
 
         Args:
             query_features: dict of `[num_queries, ...]` arrays.
-            k: how many candidates; by default as many as the index returns.
-            exclude_ids: `[num_queries, m]` ints, candidates that a query is not to get, -1 for none;
-                `group_candidate_ids` makes them. By default `exclude_feature`, if the features hold it.
-            verbose: 1 for a progress bar, 0 for none, `"auto"` for one where there are many queries.
+            k: number of candidates to return for each query. By default, the `k` of the index.
+            exclude_ids: `[num_queries, m]` ints, excluded ids of each query, padded with -1; `group_candidate_ids`
+                creates them. By default, the values of `exclude_feature`, if the features hold it.
+            verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
 
         Returns:
-            `Recommendations(ids, scores)`.
+            `Recommendations(ids, scores)`, both `[num_queries, k]`, int32 and float32.
 
         Raises:
-            TypeError: if `exclude_ids` are no integers.
-            ValueError: if features are missing or bad, `k` is more than there are candidates, or shapes do not fit.
+            TypeError: if `exclude_ids` are not integers.
+            ValueError: if features are missing or invalid, `k` exceeds the number of candidates, or shapes do not
+                match.
         """
         index = self._index()
         k = index.k if k is None else k
@@ -389,26 +394,26 @@ class TwoTowerModel(PaddedModel):
         metrics: Iterable[RankMetric] | None = None,
         verbose: int | str = "auto",
     ) -> dict[str, float]:
-        """Returns the corpus metrics of queries with several positives, such as the films a user has yet to watch.
+        """Returns the corpus metrics of queries with several positives, such as the held-out films of each user.
 
-        `evaluate` takes each pair of a query and a positive for itself; here each query has one list, in which its
-        positives stand together, and counts once.
+        `evaluate` ranks each pair of a query and a positive separately. Here, all positives of a query are ranked in
+        one list, and each query counts once.
 
         Args:
             query_features: dict of `[num_queries, ...]` arrays.
-            positive_ids: `[num_queries, m]` ints, -1 for none; a query without any does not count.
-                `group_candidate_ids` makes them.
-            exclude_ids: `[num_queries, n]` ints, candidates that a query is not to get, such as those it has seen in
-                training, -1 for none. By default `exclude_feature`, if the features hold it.
-            metrics: metrics of ranks, whose state is left alone; by default the model's `corpus_metrics`.
-            verbose: 1 for a progress bar, 0 for none, `"auto"` for one where there are many queries.
+            positive_ids: `[num_queries, m]` ints, positives of each query, padded with -1; `group_candidate_ids`
+                creates them. A query without positives does not count.
+            exclude_ids: `[num_queries, n]` ints, excluded ids of each query, such as those that it has seen in
+                training, padded with -1. By default, the values of `exclude_feature`, if the features hold it.
+            metrics: rank metrics, whose state does not change. By default, `corpus_metrics` of the model.
+            verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
 
         Returns:
-            The value of each of the metrics, by name.
+            Dict of the value of each metric, a float, by name.
 
         Raises:
-            TypeError: if ids are no integers.
-            ValueError: if features are missing or bad, a positive is no candidate, or shapes do not fit.
+            TypeError: if ids are not integers.
+            ValueError: if features are missing or invalid, a positive is not a candidate, or shapes do not match.
         """
         index = self._index()
         queries = self._queries(query_features, exclude_ids)
@@ -435,7 +440,7 @@ class TwoTowerModel(PaddedModel):
     def _index(self) -> ShardedBruteForceRetrieval:
         if self.retrieval is None:
             raise ValueError(
-                "Retrieval needs an index. Received: a model without one, over a candidate tower that is no embedding. "
+                "Retrieval needs an index. Received: a model without one, whose candidate tower is not an embedding. "
                 "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
             )
         return self.retrieval
@@ -443,17 +448,17 @@ class TwoTowerModel(PaddedModel):
     # Saving.
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the model's own weights, with an index that is up to date where it can be."""
+        """Saves the model's own weights, and refreshes the index first if possible."""
         if self.retrieval is not None and not self.retrieval.is_tied and self.retrieval.has_candidates:
             try:
                 self.refresh_index()
             except ValueError as error:
-                # What has been trained is not to be lost over it.
-                warnings.warn(f"The model is saved with an index that is not up to date. {error}", stacklevel=2)
+                # The trained weights are worth saving even with a stale index.
+                warnings.warn(f"The model is saved with a stale index. {error}", stacklevel=2)
         super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the model's own weights. In files of version 0.1 the checksum of the index is one of them."""
+        """Loads the model's own weights. Files of version 0.1 hold the checksum of the index among them."""
         if list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied:
             self.retrieval.tower_checksum.assign(np.asarray(store["0"]).view("int32"))
         else:
@@ -465,7 +470,7 @@ class TwoTowerModel(PaddedModel):
         serialize = keras.saving.serialize_keras_object
         optional = {name: getattr(self, name) for name in OPTIONAL_LAYERS}
         config.update(
-            # Before the query tower, which may share its layers.
+            # Before the query tower, which may share layers with the candidate tower.
             candidate_tower=serialize(self.candidate_tower),
             query_tower=serialize(self.query_tower),
             task=serialize(self.task),
@@ -490,7 +495,7 @@ class TwoTowerModel(PaddedModel):
             if isinstance(config.get(name), dict):
                 config[name] = deserialize(config[name])
         if isinstance(index, dict) and config["retrieval"].candidate_tower is not config["candidate_tower"]:
-            # Outside of a file, each occurrence of a layer becomes a layer of its own.
+            # Outside of a file, Keras deserializes each occurrence of a layer into a separate layer.
             layer = type(config["retrieval"])
             config["retrieval"] = layer.from_config({**index["config"], "candidate_tower": config["candidate_tower"]})
             config["retrieval"].build_from_config(index.get("build_config"))
@@ -501,11 +506,11 @@ class TwoTowerModel(PaddedModel):
         return cls(**config)
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """Returns shape and dtype of each feature that the model has seen."""
+        """Returns the shape and dtype of each feature that the model has seen."""
         return {"features": self._seen_features} if self._seen_features else None
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds the towers for the features that the model had seen."""
+        """Builds the towers for the features in `config`."""
         features = config.get("features", {})
         if all(name in features for name in self.query_features):
             self({name: keras.KerasTensor((1, *shape), dtype) for name, (shape, dtype) in features.items()})

@@ -1,1 +1,1 @@
-"""Negatives beyond the batch, and the sampling probabilities of candidates."""
+"""Negatives from outside the batch, and the sampling probabilities of candidates."""

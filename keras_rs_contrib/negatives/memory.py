@@ -1,4 +1,4 @@
-"""Candidates of earlier batches, kept as negatives for later ones."""
+"""A memory of recent candidates, used as negatives for later batches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from keras import ops
 from keras_rs_contrib.arguments import differ, positive_int
 from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments
 
-# The variables of a memory.
+# The variables that hold the stored candidates.
 STATE = ("embeddings", "ids", "probabilities", "place", "num_filled")
 
 
 class MemoryCandidates(NamedTuple):
-    """What `CrossBatchMemory` returns: arguments of `DistributedTwoTowerTask`.
+    """The result of `CrossBatchMemory`. The fields are arguments of `DistributedTwoTowerTask`.
 
     Attributes:
-        candidate_embeddings: `[num_candidates, embedding_dim]` float, the batch's own first.
-        candidate_ids: `[num_candidates]` int32, or `None` where none were given.
-        candidate_sampling_probability: `[num_candidates]` float32, or `None` where none were given.
-        candidate_mask: `[num_candidates]` bool, False where there is no candidate.
+        candidate_embeddings: `[num_candidates, embedding_dim]` float, those of the batch first.
+        candidate_ids: `[num_candidates]` int32, or `None` if not given.
+        candidate_sampling_probability: `[num_candidates]` float32, or `None` if not given.
+        candidate_mask: `[num_candidates]` bool; False marks padding and empty slots of the memory.
     """
 
     candidate_embeddings: Any
@@ -35,36 +35,37 @@ class MemoryCandidates(NamedTuple):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
-    """Adds the candidates of the latest batches to those of this one, as further negatives.
+    """Adds the most recent candidates of earlier batches to the candidates of the batch, as extra negatives.
 
-    What a tower says of a candidate changes little from one step to the next, once it has settled. So the embeddings of
-    the last `capacity` candidates, as they were when they passed by, serve as negatives that need no tower and no
-    gradient: a batch of B queries then has B + `capacity` candidates. They are kept as the layer's state, in a ring
-    in which the latest replace the oldest, with their ids, and with the sampling probability that each had when it
-    came. The state is saved with the model, and each device holds all of it.
+    After the first steps of training, the embedding of a candidate changes little from one step to the next. The
+    layer therefore stores the embeddings of the `capacity` most recent candidates and uses them as negatives, without
+    another tower pass and without a gradient. A call with B candidates returns B + `capacity` candidates. The state of
+    the layer is a ring buffer, in which new candidates replace the oldest. It holds the embedding and id of each
+    candidate, and its sampling probability at the time it was added. The state is saved with the model and replicated
+    on all devices.
 
-    Called in training, the layer returns the batch's candidates followed by the memory as it was before the batch, and
-    then puts the batch in. Outside of training it returns the batch's candidates alone, and the memory stays as it is:
-    the loss of an evaluation is that of the batch.
+    In training, the layer returns the candidates of the batch followed by the memory as it was before the batch. It
+    then adds the batch to the memory. Outside training, it returns the candidates of the batch only and does not change
+    the memory, so the evaluation loss is that of the batch alone.
 
-    With log-q correction each candidate, of the batch or of the memory, has its own probability. All must be on one
-    scale, the probability of a single draw, as `StreamingSamplingProbability` and `MixedNegatives` give it: the loss
-    is then that of one larger batch. Probabilities of another scale, such as expected counts in a batch, would shift
-    the two parts against one another as soon as batches differ in size.
+    With log-q correction, each candidate of the batch and of the memory has its own probability. All of them must be
+    the probability of a single draw, as `StreamingSamplingProbability` and `MixedNegatives` return it. The loss then
+    equals that of one larger batch. Expected counts in a batch would depend on the batch size: if batches differ in
+    size, those of the batch and of the memory are not comparable.
 
-    MemoryCandidates recur in the memory as often as they were drawn. Give ids, and let the task remove accidental hits, or
-    the positives of a batch will stand among its negatives.
+    The memory holds a candidate once for each time it was drawn. Pass ids and let the task remove accidental hits.
+    Otherwise the positive of a query may also be one of its negatives.
 
     Args:
-        capacity: positive int, how many candidates are kept.
-        warmup_steps: for so many steps of training the memory is filled and not used yet, since a tower that has just
-            begun to learn changes fast.
+        capacity: positive int, number of candidates to store.
+        warmup_steps: int, at least 0, number of training steps in which the memory is filled but not used. At the
+            beginning of training, embeddings change fast.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if ids are no integers.
-        ValueError: if an argument is out of range, or, when called, if arguments do not fit one another or what was
-            given before.
+        TypeError: if ids are not integers.
+        ValueError: if an argument is out of range, or, in a call, if arguments are inconsistent with each other or with
+            earlier batches.
 
     Example:
     ```python
@@ -83,25 +84,25 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         capacity = positive_int(capacity, "capacity")
         if not isinstance(warmup_steps, numbers.Integral) or isinstance(warmup_steps, bool) or warmup_steps < 0:
             raise ValueError(
-                "`warmup_steps` must be a number of steps, 0 or more. "
-                f"Received: warmup_steps={warmup_steps!r}. Use 0 to begin at once."
+                "`warmup_steps` must be an int of at least 0. "
+                f"Received: warmup_steps={warmup_steps!r}. Use 0 to use the memory from the first step."
             )
-        # A mixed precision policy would round what is kept.
+        # A mixed precision policy would round the stored embeddings and probabilities.
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)
         self.capacity: int = capacity
         self.warmup_steps: int = int(warmup_steps)
         self.supports_masking = True
-        # Which of the optional arguments come with each batch; known from the first one in training.
+        # Which optional arguments training batches have. The first training batch sets it.
         self._given: dict[str, bool] | None = None
 
     def build(self, candidate_embeddings_shape: tuple[int | None, ...]) -> None:
-        """Makes the memory for embeddings of a shape, empty."""
+        """Creates an empty memory for embeddings of the given shape."""
         embedding_dim = candidate_embeddings_shape[-1]
         self.embeddings = self._add_state((self.capacity, embedding_dim), "embeddings")
         self.ids = self._add_state((self.capacity,), "ids", "int32", keras.initializers.Constant(NO_CANDIDATE))
         self.probabilities = self._add_state((self.capacity,), "probabilities")
-        # Where the next row goes, and how many rows are filled.
+        # The slot of the next candidate, and the number of filled slots.
         self.place = self._add_state((), "place", "int32")
         self.num_filled = self._add_state((), "num_filled", "int32")
         self.steps = self._add_state((), "steps", "int32")
@@ -112,7 +113,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         return self.add_weight(shape=shape, initializer=initializer, dtype=dtype, trainable=False, name=name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Checks the shapes before `build` allocates the memory for them, and calls the layer."""
+        """Checks the shapes before `build` allocates the memory, then calls the layer."""
         bound = inspect.signature(self.call).bind(*args, **kwargs)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name != "training"}
@@ -127,23 +128,23 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         candidate_mask: Any = None,
         training: bool | None = None,
     ) -> MemoryCandidates:
-        """Returns the candidates that the queries of a batch are scored with.
+        """Returns the candidates for the queries of a batch.
 
         Args:
-            candidate_embeddings: `[batch, embedding_dim]` float, extra negatives of the batch included.
-            candidate_ids: `[batch]` integers, or `None`.
+            candidate_embeddings: `[batch, embedding_dim]` float, including the extra negatives of the batch.
+            candidate_ids: `[batch]` int ids, or `None`.
             candidate_sampling_probability: `[batch]` float, the probability of a single draw, or `None`.
-            candidate_mask: `[batch]` bool; False marks padding, which is not kept. `None` for none.
-            training: whether to add the memory, and to put the batch in.
+            candidate_mask: `[batch]` bool; False marks padding, which is not stored. `None` if there is no padding.
+            training: bool, whether to append the memory and then add the batch to it.
 
         Returns:
-            `[batch + capacity]` candidates in training, and `[batch]` outside of it. Embeddings have the dtype of
-            `candidate_embeddings`; the gradient flows to the batch's alone.
+            `MemoryCandidates`: `[batch + capacity]` candidates in training, `[batch]` otherwise. Embeddings have the
+            dtype of `candidate_embeddings`. Only those of the batch have a gradient.
 
         Raises:
-            TypeError: if ids are no integers.
-            ValueError: if shapes differ, or, in training, if ids or probabilities are given and were not before, or
-                the other way round.
+            TypeError: if ids are not integers.
+            ValueError: if shapes are inconsistent, or, in training, if ids or probabilities are given for some batches
+                and missing for others.
         """
         if candidate_sampling_probability is not None:
             candidate_sampling_probability = ops.cast(candidate_sampling_probability, "float32")
@@ -159,7 +160,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         result = _with_memory(batch, memory, ops.greater_equal(steps, self.warmup_steps))
         for name, value in _with_batch(memory, batch).items():
             getattr(self, name).assign(value)
-        # Counts no further than is needed: an int32 would wrap around in the end.
+        # Stops at `warmup_steps`, because an unlimited int32 count would eventually overflow.
         self.steps.assign(ops.minimum(ops.add(steps, 1), self.warmup_steps))
         return result
 
@@ -169,8 +170,8 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         if len(shape) != 2 or shape[-1] is None or shape[-1] != embedding_dim:
             expected = "embedding_dim" if embedding_dim is None else embedding_dim
             raise ValueError(
-                f"`candidate_embeddings` must have shape (batch, {expected}), the same dimension at each call. "
-                f"Received: shape {shape}. Flatten or project the output of the tower."
+                f"`candidate_embeddings` must have shape (batch, {expected}), with the same dimension in each call. "
+                f"Received: shape {shape}. Reshape or project the output of the tower."
             )
         for name, received in shapes.items():
             if received is None:
@@ -178,7 +179,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
             if len(received) != 1 or differ(received[0], shape[0]):
                 raise ValueError(
                     f"`{name}` needs one value for each candidate. Received: "
-                    f"shape {received} for {shape[0]} candidates. Include those of the extra negatives."
+                    f"shape {received} for {shape[0]} candidates. Include the values of the extra negatives."
                 )
 
     def _check_given(self, batch: MemoryCandidates) -> None:
@@ -186,9 +187,10 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         for name, is_given in given.items():
             if self._given is not None and is_given != self._given[name]:
                 raise ValueError(
-                    f"`{name}` must be given for every batch of training, or for none: what is kept has it or lacks "
-                    f"it. Received: {'a batch with it' if is_given else 'a batch without it'}, after batches "
-                    f"{'without' if is_given else 'with'}. Pass it always, or make another `CrossBatchMemory`."
+                    f"`{name}` must be given for all training batches or for none, because the memory stores it. "
+                    f"Received: {'a batch with it' if is_given else 'a batch without it'}, after batches "
+                    f"{'without' if is_given else 'with'} it. Pass it for all batches, or create another "
+                    "`CrossBatchMemory`."
                 )
         self._given = given
 
@@ -200,11 +202,11 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         candidate_mask: Any = None,
         training: bool | None = None,
     ) -> MemoryCandidates:
-        """Returns shapes and dtypes. The number of candidates depends on whether it is training, and is open."""
+        """Returns shapes and dtypes. The number of candidates is `None`, because it depends on `training`."""
         if candidate_ids is None or candidate_sampling_probability is None:
             raise ValueError(
-                "In a functional model all results must be tensors. Received: candidate_ids or "
-                "candidate_sampling_probability of None. Give both, or call the layer in a model's `compute_loss`."
+                "In a functional model, all outputs must be tensors. Received: None for candidate_ids or "
+                "candidate_sampling_probability. Pass both, or call the layer in a model's `compute_loss`."
             )
         return MemoryCandidates(
             keras.KerasTensor((None, candidate_embeddings.shape[-1]), dtype=candidate_embeddings.dtype),
@@ -214,7 +216,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         )
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """Returns `None`: the mask is one of the results."""
+        """Returns `None`: the mask is one of the outputs."""
         return
 
     def get_config(self) -> dict[str, Any]:
@@ -224,23 +226,23 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         return config
 
     def get_build_config(self) -> dict[str, Any]:
-        """Returns what the weights' shapes and meaning depend on."""
+        """Returns the embedding dimension, and which optional arguments training batches have."""
         return {"embedding_dim": self.embeddings.shape[-1] if self.built else None, "given": self._given}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Makes the memory that `get_build_config` describes, empty."""
+        """Creates the empty memory that `get_build_config` describes."""
         if config["embedding_dim"] is not None:
             self.build((None, config["embedding_dim"]))
             self._given = config["given"]
 
 
 def _with_memory(batch: MemoryCandidates, memory: dict[str, Any], is_used: Any) -> MemoryCandidates:
-    """Returns the candidates of the batch and of the memory.
+    """Returns the candidates of the batch followed by those of the memory.
 
     Args:
         batch: `[batch]` candidates.
-        memory: the values of `STATE`.
-        is_used: bool; where False, the candidates of the memory are masked.
+        memory: values of the variables in `STATE`.
+        is_used: scalar bool; False masks the candidates of the memory.
     """
     kept = ops.cast(ops.stop_gradient(memory["embeddings"]), batch.candidate_embeddings.dtype)
     is_filled = ops.less(ops.arange(memory["ids"].shape[0], dtype="int32"), memory["num_filled"])
@@ -254,23 +256,24 @@ def _with_memory(batch: MemoryCandidates, memory: dict[str, Any], is_used: Any) 
 
 
 def _with_batch(memory: dict[str, Any], batch: MemoryCandidates) -> dict[str, Any]:
-    """Returns the memory with the batch's candidates in place of the oldest.
+    """Returns the memory with its oldest candidates replaced by those of the batch.
 
     Args:
-        memory: the values of `STATE`.
-        batch: `[batch]` candidates, of which those outside the mask are left out.
+        memory: values of the variables in `STATE`.
+        batch: `[batch]` candidates. Masked ones are not stored.
     """
     if batch.candidate_embeddings.shape[0] == 0:
         return memory
     capacity = memory["ids"].shape[0]
     valid = ops.cast(batch.candidate_mask, "int32")
-    # Padding takes no place, for it would push real candidates out. Of a batch that is too large, the last rows stay.
-    # Two rows for one place would leave to the device which of them it takes.
+    # Padding takes no slot, so it does not evict real candidates. Of a batch larger than the memory, only the last rows
+    # are stored: with two rows for one slot, the result of a scatter is undefined.
     order = ops.subtract(ops.cumsum(valid), 1)
     num_valid = ops.sum(valid)
     is_kept = ops.logical_and(batch.candidate_mask, ops.greater_equal(order, ops.subtract(num_valid, capacity)))
     places = ops.where(is_kept, ops.mod(ops.add(memory["place"], order), capacity), capacity)
-    # For each place of the memory, the row of the batch that goes there; the one place too many takes what is left out.
+    # For each slot, the row of the batch to store there, or -1. Rows that are not stored go to an extra slot at the
+    # end, which is cut off.
     rows = ops.scatter_update(
         ops.full((capacity + 1,), -1, "int32"),
         ops.expand_dims(places, 1),

@@ -1,4 +1,4 @@
-"""Negatives drawn from the whole corpus, beside those of the batch."""
+"""Mixed negatives: the candidates of the batch and uniform draws from the corpus."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
 
 class MixedCandidates(NamedTuple):
-    """What `MixedNegatives` returns: arguments of `DistributedTwoTowerTask`.
+    """The result of `MixedNegatives`. The fields are arguments of `DistributedTwoTowerTask`.
 
     Attributes:
-        candidate_ids: `[num_candidates]` int32, the batch's own first.
+        candidate_ids: `[num_candidates]` int32, those of the batch first.
         candidate_sampling_probability: `[num_candidates]` float32.
-        candidate_mask: `[num_candidates]` bool, False where there is no candidate.
+        candidate_mask: `[num_candidates]` bool; False marks padding.
     """
 
     candidate_ids: Any
@@ -30,21 +30,24 @@ class MixedCandidates(NamedTuple):
 def mixed_sampling_probability(
     in_batch_probability: Any, uniform_probability: Any, num_in_batch: Any, num_negatives: Any
 ) -> Any:
-    """Returns the probability of candidates under a mixture of the batch's draws and uniform ones.
+    """Returns the sampling probability of candidates under a mixture of in-batch and uniform draws.
 
-    A candidate counts by the mixture whichever of the two it was drawn from, so that neither a popular one among the
-    uniform draws nor a rare one in the batch weighs far more than the rest: the balance heuristic of multiple
-    importance sampling.
+    Formula: `(n * p_in_batch + m * p_uniform) / (n + m)`, with `n = num_in_batch` and `m = num_negatives`.
+
+    A candidate gets the probability of the mixture, whether it was an in-batch or a uniform draw. Without this, a
+    popular candidate among the uniform draws, or a rare one in the batch, would have far more weight than the others.
+    This is the balance heuristic of multiple importance sampling.
 
     Args:
-        in_batch_probability: float, the probability of each candidate to be a draw of the batch.
-        uniform_probability: float, likewise of the uniform draws: one over the size of the corpus.
-        num_in_batch: how many draws are the batch's.
-        num_negatives: how many draws are uniform.
+        in_batch_probability: float, probability that an in-batch draw is the candidate.
+        uniform_probability: float, probability that a uniform draw is the candidate: `1 / corpus_size`, or 0 for an
+            excluded id.
+        num_in_batch: int, number of in-batch draws.
+        num_negatives: int, number of uniform draws.
 
     Returns:
-        float32, the probability of a single one of all draws to be the candidate, shape of `in_batch_probability`; 0
-        without draws.
+        float32, shape of `in_batch_probability`: the probability that a draw from the mixture is the candidate; 0 if
+        there are no draws.
 
     References: Yang et al., "Mixed negative sampling for learning two-tower neural networks in recommendations", WWW
     2020; Veach and Guibas, "Optimally combining sampling techniques for Monte Carlo rendering", SIGGRAPH 1995.
@@ -59,29 +62,30 @@ def mixed_sampling_probability(
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
-    """Adds candidates drawn uniformly from the corpus to those of the batch, as further negatives.
+    """Adds candidates drawn uniformly from the corpus to the candidates of the batch, as extra negatives.
 
-    A batch holds popular candidates and few others: the long tail is hardly ever a negative, and what a tower says of
-    it is left to chance. Uniform draws reach it, and the batch's own reach the head. Where a query favours popular
-    candidates, the batch alone comes closest to the softmax over the corpus, and where it does not, uniform draws
-    alone; half of each is never far from the better, and so the best where there are queries of both kinds.
+    The candidates of a batch are mostly popular. Candidates in the long tail are rarely negatives, so training hardly
+    constrains their scores. Uniform draws cover the long tail, and the batch covers the head. For queries that favour
+    popular candidates, in-batch negatives approximate the softmax over the corpus best; for other queries, uniform
+    negatives do. An equal mixture is close to the better of the two for each query, and is the best choice for a mix of
+    queries.
 
-    The layer returns ids. Look them all up at once, and give embeddings, ids and probabilities to a
-    `DistributedTwoTowerTask` with `remove_accidental_hits=True`, for a query's positive may be drawn again.
+    The layer returns ids. Look them up in a single call, and pass embeddings, ids and probabilities to a
+    `DistributedTwoTowerTask` with `remove_accidental_hits=True`, because the positive of a query may be drawn again.
 
-    Outside of training the layer returns the batch alone, with its in-batch probabilities: nothing is drawn or counted,
-    and the loss of an evaluation does not depend on chance.
+    Outside training, the layer returns the batch with its in-batch probabilities. It draws and counts nothing, so the
+    evaluation loss is deterministic.
 
     Args:
-        sampling_probability: a `StreamingSamplingProbability` of the corpus. It belongs to this layer, which shows it
-            each batch; call it nowhere else in training, or batches count twice.
-        num_negatives: positive int, how many candidates are drawn for each batch, for all of its queries.
-        seed: int, of the draws. They are the same on any number of devices.
-        exclude_ids: ids that are never drawn, such as that of padding.
+        sampling_probability: `StreamingSamplingProbability` of the corpus. This layer calls it for each batch. Do not
+            call it elsewhere in training, or it counts batches twice.
+        num_negatives: positive int, number of candidates to draw for each batch. All queries share them.
+        seed: int, seed of the draws, which do not depend on the number of devices.
+        exclude_ids: ids that are never drawn, such as a padding id.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if `sampling_probability` is of another type, or ids are no integers.
+        TypeError: if `sampling_probability` has another type, or ids are not integers.
         ValueError: if an argument is out of range.
 
     Example:
@@ -110,11 +114,11 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
             raise TypeError(
                 "`sampling_probability` must be a `StreamingSamplingProbability`. Received: "
                 f"sampling_probability={sampling_probability!r} (of type {type(sampling_probability).__name__}). "
-                "Make one of the number of candidates, with `counts=` where they are known."
+                "Create one for the number of candidates, with `counts` if they are known."
             )
         num_negatives = positive_int(num_negatives, "num_negatives")
         excluded = _check_excluded(exclude_ids, sampling_probability.num_candidates)
-        # A mixed precision policy would round the probabilities to 8 bits.
+        # A mixed precision policy would round the probabilities to 16-bit floats.
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)
         self.sampling_probability = sampling_probability
@@ -127,34 +131,38 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         self.built = True
 
     def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> MixedCandidates:
-        """Returns the candidates that the queries of a batch are scored with.
+        """Returns the candidates for the queries of a batch.
 
         Args:
-            candidate_ids: `[batch]` int32, each in [0, `num_candidates`) of `sampling_probability`.
-            candidate_mask: `[batch]` bool; False marks padding, which is no draw. `None` for none.
-            training: whether to draw negatives, and to count the batch for `sampling_probability`.
+            candidate_ids: `[batch]` int32, each in [0, `sampling_probability.num_candidates`).
+            candidate_mask: `[batch]` bool; False marks padding, which does not count as a draw. `None` if there is no
+                padding.
+            training: bool, whether to draw negatives and to count the batch in `sampling_probability`.
 
         Returns:
-            `[batch + num_negatives]` candidates in training, and `[batch]` outside of it. The probability of an id out
-            of range is NaN.
+            `MixedCandidates`: `[batch + num_negatives]` candidates in training, `[batch]` otherwise. The probability of
+            an id out of range is NaN.
 
         Raises:
-            TypeError: if ids are no integers.
+            TypeError: if ids are not integers.
             ValueError: if the ids are not flat, or the mask has another shape.
         """
-        # Also checks the shapes, before anything is drawn.
+        # This call also checks the shapes, so it comes before the draw.
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=training)
         return self._candidates(candidate_ids, in_batch, candidate_mask, self.draw() if training else None)
 
     def with_drawn(self, candidate_ids: Any, drawn: Any, candidate_mask: Any = None) -> MixedCandidates:
-        """Returns what `call` does in training, with negatives that `draw` has drawn before.
+        """Returns the result of `call` in training, with negatives that `draw` returned earlier.
 
-        For a model that looks all ids up before it knows the mask.
+        This is for models that look up all ids before they know the mask.
 
         Args:
-            candidate_ids: `[batch]` int32, as of `call`.
-            drawn: `[num_negatives]` int32.
-            candidate_mask: `[batch]` bool, as of `call`.
+            candidate_ids: `[batch]` int32, as in `call`.
+            drawn: `[num_negatives]` int32, the result of `draw`.
+            candidate_mask: `[batch]` bool, as in `call`.
+
+        Returns:
+            `MixedCandidates`: `[batch + num_negatives]` candidates.
         """
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=True)
         return self._candidates(candidate_ids, in_batch, candidate_mask, drawn)
@@ -166,7 +174,7 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         if drawn is None:
             return MixedCandidates(candidate_ids, in_batch, candidate_mask)
         ids = ops.concatenate([candidate_ids, drawn])
-        # Asked only now: the batch counts for these, too.
+        # Computed after the batch was counted, so that all probabilities come from the same estimate.
         in_batch = ops.concatenate([in_batch, self.sampling_probability(drawn, training=False)])
         num_in_batch = ops.sum(ops.cast(candidate_mask, "float32"))
         probability = mixed_sampling_probability(
@@ -176,13 +184,14 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         return MixedCandidates(ids, probability, mask)
 
     def draw(self) -> Any:
-        """Returns `[num_negatives]` int32 ids, drawn uniformly."""
+        """Returns `[num_negatives]` int32 ids, drawn uniformly from the ids that are not excluded."""
         places = keras.random.randint(
             (self.num_negatives,), 0, self.num_drawn_from, dtype="int32", seed=self.seed_generator
         )
         if not self.exclude_ids:
             return places
-        # How many candidates that can be drawn lie below each that cannot: beyond as many places, ids shift by one.
+        # `places` counts only the ids that can be drawn. `below[i]` is the number of such ids below excluded id i: each
+        # excluded id with `below[i] <= place` shifts the id of the place by one.
         below = np.array(self.exclude_ids, "int32") - np.arange(len(self.exclude_ids), dtype="int32")
         return ops.add(places, ops.cast(ops.searchsorted(below, places, side="right"), "int32"))
 
@@ -197,23 +206,23 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     def compute_output_spec(
         self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None
     ) -> MixedCandidates:
-        """Returns shapes and dtypes. The number of candidates depends on whether it is training, and is open."""
+        """Returns shapes and dtypes. The number of candidates is `None`, because it depends on `training`."""
         return MixedCandidates(*(keras.KerasTensor((None,), dtype=dtype) for dtype in ("int32", "float32", "bool")))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """Returns `None`: the mask is one of the results."""
+        """Returns `None`: the mask is one of the outputs."""
         return
 
     def save_own_variables(self, store: Any) -> None:
-        """Puts the state of the draws into `store`, which Keras leaves out."""
+        """Saves the state of the random generator to `store`, which Keras does not do."""
         store["draws"] = ops.convert_to_numpy(self.seed_generator.state)
 
     def load_own_variables(self, store: Any) -> None:
-        """Takes the state of the draws from `store`."""
+        """Loads the state of the random generator from `store`."""
         self.seed_generator.state.assign(np.asarray(store["draws"]))
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor, serialized."""
+        """Returns the serialized arguments of the constructor."""
         config: dict[str, Any] = super().get_config()
         config.update(
             sampling_probability=keras.saving.serialize_keras_object(self.sampling_probability),
@@ -237,11 +246,11 @@ def _check_excluded(exclude_ids: Any, num_candidates: int) -> list[int]:
     if outside:
         raise ValueError(
             "`exclude_ids` must be ids of candidates. Received: "
-            f"{outside[0]} for {num_candidates} candidates with ids 0 to {num_candidates - 1}. Drop it."
+            f"{outside[0]} for {num_candidates} candidates with ids 0 to {num_candidates - 1}. Remove that id."
         )
     if len(excluded) == num_candidates:
         raise ValueError(
-            "`exclude_ids` must leave something to draw. Received: "
-            f"{len(excluded)} ids for {num_candidates} candidates. Drop some of them."
+            "`exclude_ids` must leave at least one candidate to draw. Received: "
+            f"{len(excluded)} ids for {num_candidates} candidates. Exclude fewer ids."
         )
     return excluded

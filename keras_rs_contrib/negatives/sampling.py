@@ -1,4 +1,4 @@
-"""How likely each candidate is to be drawn into a batch, for the log-q correction of in-batch softmax."""
+"""Estimates of candidate sampling probabilities, for the log-q correction of in-batch softmax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras import ops
 from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.ids import IdArguments
 
-# The variables of an estimate.
+# The variables that hold the estimate.
 STATE = ("share", "share_error", "updated_at", "now", "total", "total_error")
 
 
@@ -23,30 +23,31 @@ STATE = ("share", "share_error", "updated_at", "now", "total", "total_error")
 class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     """Estimates the sampling probability of each candidate from the stream of training batches.
 
-    In-batch softmax draws its negatives by their frequency, and so holds popular candidates down, unless the logarithm
-    of each candidate's sampling probability is subtracted from its logit (`candidate_sampling_probability` of
-    `DistributedTwoTowerTask`). This layer keeps the estimate as its state: called in training, it counts the candidates
-    of the batch first. The probability is that of a single draw; the task needs it up to a factor only.
+    In-batch softmax draws negatives in proportion to their frequency, which lowers the scores of popular candidates.
+    The log-q correction compensates for this: it subtracts the logarithm of each candidate's sampling probability from
+    its logit (`candidate_sampling_probability` of `DistributedTwoTowerTask`). This layer holds the estimate as its
+    state. In training, a call first counts the candidates of the batch. The result is the probability of a single draw.
+    The task needs it only up to a constant factor.
 
-    The estimate is an exponential moving average of each candidate's share of the examples. A call costs as much as its
-    batch is large, however many candidates there are: the averages of the others are left to decay until they are seen
-    next. From the first batch on it is the share so far, and after `window` examples older ones begin to fade, so that
-    it follows a distribution that shifts. Its relative error for a candidate of probability p is about
-    `1 / sqrt(2 * window * p)`.
+    The estimate is an exponential moving average of each candidate's share of the examples. The cost of a call depends
+    on the batch size, not on the number of candidates: the average of a candidate decays only when the layer reads it.
+    During the first `window` examples, the estimate is close to the share of all examples so far. Later, older examples
+    fade, so that the estimate follows a distribution that shifts. The relative error for a candidate of probability `p`
+    is about `1 / sqrt(2 * window * p)`.
 
-    Yi et al. average the number of steps between two batches with the candidate instead. That tells candidates apart
-    that are in less than every batch; the most popular are in every one.
+    Yi et al. instead average the number of steps between two batches that contain the candidate. That does not
+    distinguish candidates that are in every batch, as the most popular ones are.
 
     Args:
-        num_candidates: positive int; candidate ids are rows, 0 to `num_candidates` - 1.
-        window: positive number of examples, of which the average is mostly made.
-        counts: `[num_candidates]` non-negative numbers, such as how often each candidate occurs in the training data,
-            to take the probabilities from. They then stay as they are. `None` to estimate them.
+        num_candidates: positive int. Candidate ids are the row numbers 0 to `num_candidates - 1`.
+        window: float, at least 1, number of examples after which the weight of an example has decayed to `1 / e`.
+        counts: `[num_candidates]` non-negative numbers, such as the frequency of each candidate in the training data.
+            The probabilities are then fixed: `counts / sum(counts)`. `None` estimates them.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if `window` or `counts` are no numbers.
-        ValueError: if an argument is out of range.
+        TypeError: if `window` or `counts` are not numbers, or ids are not integers.
+        ValueError: if an argument is out of range, or has a wrong shape.
 
     Example:
     ```python
@@ -63,7 +64,7 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         window = _check_window(window)
         if counts is not None:
             counts = _check_counts(counts, num_candidates)
-        # A mixed precision policy would round the probabilities to 8 bits.
+        # A mixed precision policy would round the probabilities to 16-bit floats.
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)
         self.num_candidates = num_candidates
@@ -74,13 +75,14 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         if counts is not None:
             self.share.assign(counts / counts.sum())
         else:
-            # The share of each candidate is that at the time of its last update. Times are counts of examples, and wrap
-            # around after 2**32 of them: what is used is their difference.
+            # `share` holds the value at the candidate's last update, `updated_at` the time of that update. Times are
+            # counts of examples. They may wrap around after 2**32, because only differences are used.
             self.updated_at = self._add_state((num_candidates,), "updated_at", "int32")
             self.now = self._add_state((), "now", "int32")
-            # The sum of all shares: below 1 until the average is full.
+            # The sum of all shares, which starts at 0 and approaches 1.
             self.total = self._add_state((), "total")
-            # A step changes a share by so little that what float32 cuts off would add up over the window.
+            # The change in one step is so small that float32 rounding errors would add up over the window. These
+            # variables hold the compensation of Kahan summation.
             self.share_error = self._add_state((num_candidates,), "share_error")
             self.total_error = self._add_state((), "total_error")
         self.built = True
@@ -89,29 +91,31 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, trainable=False, name=name)
 
     def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> Any:
-        """Returns the probability of each candidate, in training with this batch in the estimate.
+        """Returns the sampling probability of each candidate. In training, the estimate includes this batch.
 
         Args:
             candidate_ids: `[batch]` int32, each in [0, `num_candidates`).
-            candidate_mask: `[batch]` bool; False marks padding, which is not counted. `None` for none.
-            training: whether to count the batch.
+            candidate_mask: `[batch]` bool; False marks padding, which is not counted. `None` if there is no padding.
+            training: bool, whether to count the batch.
 
         Returns:
-            `[batch]` float32 in [0, 1]: 0 for a candidate that has not been seen, and NaN for an id out of range, which
-            is not counted either.
+            `[batch]` float32 in [0, 1]: 0 for a candidate that has not occurred yet, and NaN for an id out of range,
+            which is not counted.
 
         Raises:
-            TypeError: if ids are no integers.
+            TypeError: if ids are not integers.
             ValueError: if the ids are not flat, or the mask has another shape.
         """
         if len(candidate_ids.shape) != 1:
             raise ValueError(
-                f"`candidate_ids` must have shape (batch,). Received: shape {tuple(candidate_ids.shape)}. Flatten them."
+                f"`candidate_ids` must have shape (batch,). Received: shape {tuple(candidate_ids.shape)}. "
+                "Flatten the ids."
             )
         if candidate_mask is not None and tuple(candidate_mask.shape) != tuple(candidate_ids.shape):
             raise ValueError(
-                "`candidate_mask` needs one bool for each of the ids. Received: "
-                f"shape {tuple(candidate_mask.shape)} for ids of shape {tuple(candidate_ids.shape)}. Flatten it."
+                "`candidate_mask` needs one bool for each id. Received: "
+                f"shape {tuple(candidate_mask.shape)} for ids of shape {tuple(candidate_ids.shape)}. "
+                "Pass a mask of the same shape."
             )
         known = ops.logical_and(ops.greater_equal(candidate_ids, 0), ops.less(candidate_ids, self.num_candidates))
         rows = ops.clip(candidate_ids, 0, self.num_candidates - 1)
@@ -133,11 +137,11 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         return candidate_ids_shape
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """Returns `None`: probabilities carry no mask."""
+        """Returns `None`: probabilities have no mask."""
         return
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor; counts are among the weights."""
+        """Returns the arguments of the constructor. `counts` are saved with the weights."""
         config: dict[str, Any] = super().get_config()
         config.update(num_candidates=self.num_candidates, window=self.window, is_fixed=self.is_fixed)
         return config
@@ -147,40 +151,57 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         """Returns the layer that `get_config` describes, without its state."""
         config = dict(config)
         is_fixed = config.pop("is_fixed")
-        # Weights replace these.
+        # Placeholder counts: loading the weights replaces them.
         return cls(**config, counts=np.ones(config["num_candidates"]) if is_fixed else None)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function compiled, on JAX: called eagerly, its many small steps would be sent off one by one."""
+    """Compiles the function on JAX, where eager mode would dispatch its many small operations one by one."""
     return jax.jit(function) if keras.backend.backend() == "jax" else function
 
 
 @_compiled
 def _probability(state: dict[str, Any], rows: Any, window: float) -> Any:
-    """Returns the probability of each row, `[batch]` float32."""
+    """Returns the probability of each row.
+
+    Formula: `share[i] * exp(-(now - updated_at[i]) / window) / total`.
+
+    Args:
+        state: values of the variables in `STATE`.
+        rows: `[batch]` int32, in range.
+        window: float, number of examples.
+
+    Returns:
+        `[batch]` float32.
+    """
     share = ops.multiply(ops.take(state["share"], rows, axis=0), ops.exp(_age(state, rows, window)))
     return ops.divide_no_nan(share, state["total"])
 
 
 @_compiled
 def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -> dict[str, Any]:
-    """Returns the state with a batch in the average.
+    """Returns the state with a batch added to the average.
+
+    Formula: `share[i] = share[i] * exp(-(now + n - updated_at[i]) / window) + (1 - exp(-n / window)) * n[i] / n`, where
+    `n` is the number of counted examples in the batch and `n[i]` the number of those with candidate `i`.
 
     Args:
-        state: the values of `STATE`.
+        state: values of the variables in `STATE`.
         rows: `[batch]` int32, in range.
-        counted: `[batch]` float32, 1 for a row that counts and 0 for one that does not.
-        window: examples.
+        counted: `[batch]` float32, 1 for an example that counts and 0 for padding.
+        window: float, number of examples.
+
+    Returns:
+        Values of the variables in `STATE`.
     """
     num_counted = ops.sum(counted)
     batch_age = ops.divide(num_counted, -window)
-    # What the batch weighs in the average, 1 - exp(-n / window), and a single one of its examples.
+    # The weight of the batch in the average, `1 - exp(-n / window)`. All its examples have the same part of it.
     gain = ops.negative(ops.expm1(batch_age))
     gained = ops.multiply(_sum_of_equals(rows, counted), ops.divide_no_nan(gain, num_counted))
     share, error = ops.take(state["share"], rows, axis=0), ops.take(state["share_error"], rows, axis=0)
     age = ops.add(_age(state, rows, window), batch_age)
-    # Of a share that has faded to little, the difference would be less exact than the quotient.
+    # A share that has decayed a lot is more exact as a product with `exp(age)` than as a sum with its change.
     is_old = ops.less(age, -0.5)
     sum_if_old = ops.add(ops.multiply(share, ops.exp(age)), gained)
     share, error = _add_compensated(share, error, ops.add(ops.multiply(share, ops.expm1(age)), gained))
@@ -189,7 +210,7 @@ def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -
     total, total_error = _add_compensated(state["total"], state["total_error"], change)
     now = ops.add(state["now"], ops.cast(num_counted, "int32"))
     places = ops.expand_dims(rows, 1)
-    # Where a row comes twice, it gets the same twice.
+    # If a row occurs twice, both updates write the same value.
     return {
         "share": ops.scatter_update(state["share"], places, share),
         "share_error": ops.scatter_update(state["share_error"], places, error),
@@ -201,17 +222,25 @@ def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -
 
 
 def _age(state: dict[str, Any], rows: Any, window: float) -> Any:
-    """Returns how long ago the share of each row was updated, in windows, negative."""
+    """Returns the exponent of the decay since the last update of each row.
+
+    Formula: `-(now - updated_at[i]) / window`.
+    """
     elapsed = ops.cast(ops.subtract(state["now"], ops.take(state["updated_at"], rows, axis=0)), "uint32")
     return ops.divide(ops.cast(elapsed, "float32"), -window)
 
 
 def _sum_of_equals(rows: Any, values: Any) -> Any:
-    """Returns, for each place, the sum of the values at all places with the same row.
+    """Returns, for each position, the sum of the values at all positions with the same row.
+
+    Formula: `sums[i] = sum(values[j])` over all `j` with `rows[j] == rows[i]`.
 
     Args:
         rows: `[batch]` int32.
         values: `[batch]` float32.
+
+    Returns:
+        `[batch]` float32.
     """
     order = ops.argsort(rows)
     in_order = ops.take(rows, order, axis=0)
@@ -223,7 +252,17 @@ def _sum_of_equals(rows: Any, values: Any) -> Any:
 
 
 def _add_compensated(total: Any, error: Any, change: Any) -> tuple[Any, Any]:
-    """Returns the sum of `total` and `change`, and what it is too large by, for the next addition to make up for.
+    """Adds `change` to `total` with Kahan summation.
+
+    Formulas: `sum = total + (change - error)`, `new_error = (sum - total) - (change - error)`.
+
+    Args:
+        total: float32, any shape.
+        error: float32, the rounding error of the previous addition: the amount by which `total` is too large.
+        change: float32.
+
+    Returns:
+        The sum and its rounding error, to pass to the next addition.
 
     Reference: W. Kahan, "Further remarks on reducing truncation errors", CACM 8(1), 1965.
     """
@@ -234,12 +273,14 @@ def _add_compensated(total: Any, error: Any, change: Any) -> tuple[Any, Any]:
 
 def _check_window(window: Any) -> float:
     if not isinstance(window, numbers.Real) or isinstance(window, bool):
-        raise TypeError(f"`window` must be a number of examples. Received: window={window!r}. Pass 1_000_000, say.")
+        raise TypeError(
+            f"`window` must be a number of examples. Received: window={window!r}. Pass a number such as 1_000_000."
+        )
     result = float(window)
     if not 1 <= result < math.inf:
         raise ValueError(
-            "`window` must be a number of examples, at least 1 and finite. "
-            f"Received: window={window!r}. Pass about as many examples as a distribution takes to shift."
+            "`window` must be a finite number of examples, at least 1. "
+            f"Received: window={window!r}. Pass the number of examples in which the distribution shifts noticeably."
         )
     return result
 
@@ -248,24 +289,25 @@ def _check_counts(counts: Any, num_candidates: int) -> np.ndarray[Any, Any]:
     result = np.asarray(ops.convert_to_numpy(counts) if ops.is_tensor(counts) else counts)
     if result.dtype.kind not in "iuf":
         raise TypeError(
-            f"`counts` must be numbers. Received: dtype {result.dtype}. Count with `np.bincount(ids, minlength=...)`."
+            f"`counts` must be numbers. Received: dtype {result.dtype}. "
+            f"Compute them with `np.bincount(ids, minlength={num_candidates})`."
         )
     if result.shape != (num_candidates,):
         raise ValueError(
             "`counts` needs one number for each candidate. Received: "
             f"shape {result.shape} for {num_candidates} candidates. "
-            f"Count with `np.bincount(ids, minlength={num_candidates})`."
+            f"Compute them with `np.bincount(ids, minlength={num_candidates})`."
         )
     wrong = np.flatnonzero(~(np.isfinite(result) & (result >= 0)))
     if wrong.size:
         raise ValueError(
-            "`counts` must be finite and not negative. Received: "
-            f"{result[wrong[0]]} for candidate {wrong[0]}. Count how often each candidate occurs."
+            "`counts` must be finite and at least 0. Received: "
+            f"{result[wrong[0]]} for candidate {wrong[0]}. Pass the number of occurrences of each candidate."
         )
     result = result.astype("float64")
     if not result.sum() > 0:
         raise ValueError(
-            "`counts` must not all be 0: there would be no probability. Received: "
-            f"{num_candidates} zeros. Drop `counts` to estimate them."
+            "`counts` must have at least one positive value. Received: "
+            f"{num_candidates} zeros. Pass `counts=None` to estimate the probabilities."
         )
     return result

@@ -1,1 +1,1 @@
-"""Embedding tables: split over devices, and trained row by row."""
+"""Embedding tables that are split over devices, with dense or row-sparse training."""

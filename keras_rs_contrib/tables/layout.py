@@ -1,4 +1,4 @@
-"""How the rows of a table are laid out over the devices of a mesh."""
+"""Layouts of embedding tables on a device mesh."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class TableLayout:
     """The mesh of a table, and the mesh axes that split queries and rows.
 
     Attributes:
-        mesh: the devices.
-        batch_axis: the mesh axis over which queries are split.
-        row_axis: the mesh axis over which the table's rows are split, or `None` if each device holds all rows.
+        mesh: the device mesh.
+        batch_axis: mesh axis that splits the queries.
+        row_axis: mesh axis that splits the rows of the table, or `None` if each device holds all rows.
     """
 
     mesh: Mesh
@@ -28,7 +28,7 @@ class TableLayout:
 
     @property
     def num_batch_shards(self) -> int:
-        """The number of devices over which queries are split."""
+        """Number of devices along `batch_axis`."""
         return int(self.mesh.shape[self.batch_axis])
 
 
@@ -39,7 +39,7 @@ def table_layout(table: keras.Variable) -> TableLayout | None:
         table: `[num_rows, embedding_dim]` variable.
 
     Raises:
-        ValueError: if the embedding dimension is split.
+        ValueError: if the embedding dimension is split, or if several mesh axes split the rows.
     """
     if keras.backend.backend() != "jax":
         return None
@@ -51,7 +51,7 @@ def table_layout(table: keras.Variable) -> TableLayout | None:
     spec = (*sharding.spec, None, None)
     if spec[1] is not None or isinstance(spec[0], tuple):
         raise ValueError(
-            "A candidate table may be split over its rows, by one mesh axis. Received: "
+            "A candidate table must be split over its rows only, and by one mesh axis. Received: "
             f"a table with layout {sharding.spec}. Change the layout of {table.path!r} to (axis, None)."
         )
     return TableLayout(mesh, _batch_axis(mesh), spec[0])
@@ -60,7 +60,7 @@ def table_layout(table: keras.Variable) -> TableLayout | None:
 def check_mesh_axis(mesh_axis: str | None) -> None:
     """Raises `ValueError` if the mesh in force has no axis `mesh_axis`.
 
-    While Keras loads a file nothing is checked: the file names an axis of the mesh that it was saved on.
+    Nothing is checked while Keras loads a file, because a saved axis may belong to another mesh.
     """
     distribution = keras.distribution.distribution()
     if mesh_axis is None or distribution is None or _keras.is_loading():
@@ -69,16 +69,16 @@ def check_mesh_axis(mesh_axis: str | None) -> None:
     if mesh_axis not in axis_names:
         raise ValueError(
             f"`mesh_axis` must be an axis of the mesh in force. Received: mesh_axis={mesh_axis!r} "
-            f"for a mesh with axes {axis_names}. Name one of them, or None to follow the table's own layout."
+            f"for a mesh with axes {axis_names}. Pass one of these axes, or None to keep the table's own layout."
         )
 
 
 def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
-    """Returns the axis of the mesh in force that splits the rows of a table, or `None` if nothing splits them.
+    """Returns the axis of the mesh in force that splits the rows of a table, or `None` if no axis does.
 
     Args:
-        mesh_axis: the axis that is asked for. A mesh without it, or `None`, leaves the choice to the layout map.
-        path: the path of the variable, which a layout map matches.
+        mesh_axis: the requested axis. If it is `None`, or not an axis of the mesh, the layout map decides.
+        path: path of the variable, for the layout map.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -92,7 +92,7 @@ def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
 
 
 def axis_size(axis: str | None) -> int:
-    """Returns the number of devices along an axis of the mesh in force, 1 for `None`."""
+    """Returns the number of devices along an axis of the mesh in force; 1 for `None`."""
     if axis is None:
         return 1
     mesh = keras.distribution.distribution().device_mesh
@@ -107,14 +107,15 @@ def row_sharding(axis: str) -> NamedSharding:
 def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     """Splits the rows of an existing table over an axis of the mesh in force, if the mesh has that axis.
 
-    While Keras loads a file, a table whose rows do not divide stays whole, with a warning: a file loads on any mesh.
+    A file must load on any mesh. While Keras loads one, an indivisible number of rows is therefore only a warning, and
+    each device holds the whole table.
 
     Args:
         table: `[num_rows, embedding_dim]` variable.
-        mesh_axis: the name of the axis.
+        mesh_axis: name of the mesh axis.
 
     Raises:
-        ValueError: if the rows do not divide over the axis.
+        ValueError: if `num_rows` is not divisible by the size of the axis.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or mesh_axis not in distribution.device_mesh.axis_names:
@@ -133,18 +134,18 @@ def split_rows(table: keras.Variable, mesh_axis: str) -> None:
 
 
 def check_rows_divide(num_rows: int, axis: str | None, path: str) -> None:
-    """Raises `ValueError` if the rows of a plain table do not divide over an axis of the mesh in force.
+    """Raises `ValueError` if the number of rows of a table is not divisible by the size of a mesh axis.
 
     Args:
-        num_rows: rows of the table.
-        axis: the mesh axis that splits them, or `None`.
-        path: the path of the variable.
+        num_rows: number of rows of the table.
+        axis: axis of the mesh in force that splits the rows, or `None`.
+        path: path of the variable, for the error message.
     """
     if num_rows % axis_size(axis):
         raise ValueError(
-            "The rows of a table must divide over the mesh axis that splits them. Received: "
+            "The number of rows of a table must be divisible by the size of the mesh axis that splits them. Received: "
             f"{num_rows} rows of {path!r} for {axis_size(axis)} devices on mesh axis {axis!r}. "
-            "Make the tower a `keras_rs_contrib.ShardedEmbedding`, which pads its rows to a multiple of `row_multiple`."
+            "Use a `keras_rs_contrib.ShardedEmbedding`, which pads its rows to a multiple of `row_multiple`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Several lookups in one table, joined into one."""
+"""Several lookups in one table, joined into a single call of the layer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from keras import ops
 
 
 def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
-    """Returns the embeddings of several sets of ids, looked up at once.
+    """Returns the embeddings of several tensors of ids, looked up in a single call of the tower.
+
+    A `RowSparseEmbedding` can be looked up only once in a training step.
 
     Args:
-        tower: a layer that adds a last dimension to ids of any shape, such as a `RowSparseEmbedding`.
-        ids: a list, tuple or dict of int tensors, symbolic ones too where all have the same first dimension.
+        tower: a layer that maps ids of any shape to embeddings along a new last dimension, such as a
+            `RowSparseEmbedding`.
+        ids: list, tuple or dict of int tensors. If one is symbolic, all must have the same first dimension.
 
     Returns:
-        The same structure, of `[..., output_dim]` tensors.
+        `[..., output_dim]` tensors, in the structure of `ids`.
 
     Raises:
-        ValueError: if there are no ids, or symbolic ones of a size unknown beyond the first dimension.
+        ValueError: if `ids` is empty, or if a symbolic tensor has an unknown size beyond its first dimension.
 
     Example:
     ```python
@@ -31,14 +34,14 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     """
     tensors = [ops.convert_to_tensor(each) for each in keras.tree.flatten(ids)]
     if not tensors:
-        raise ValueError("`ids` must hold at least one tensor. Received: none. Pass the ids that are to be looked up.")
+        raise ValueError(f"`ids` must contain at least one tensor. Received: ids={ids!r}. Pass the ids to look up.")
     shapes = [tuple(each.shape) for each in tensors]
     if any(None in shape[1:] for shape in shapes):
         raise ValueError(
-            "`ids` must have known sizes, but for the first dimension of symbolic ones. Received: "
-            f"shapes {shapes}. Give `keras.Input` the sizes, and fill short rows up with an id."
+            "`ids` must have known sizes, except for the first dimension of symbolic tensors. Received: "
+            f"shapes {shapes}. Pass the sizes to `keras.Input`, and pad short rows with an id."
         )
-    # By row where that can be: a batch stays split over the devices as it was.
+    # Joins along axis 1 if possible, which keeps the batch split over the devices.
     by_row = all(shape and shape[0] == shapes[0][0] and 0 not in shape[1:] for shape in shapes)
     axis = 1 if by_row else 0
     widths = [math.prod(shape[axis:]) for shape in shapes]

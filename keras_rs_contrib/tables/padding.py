@@ -1,4 +1,4 @@
-"""Tables with padding rows, so that their rows divide over the mesh axes in common use."""
+"""Padding rows, which make the number of rows of a table divisible by common mesh sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def padded_rows(num_rows: int, row_multiple: int) -> int:
 
 
 class PaddedInitializer:
-    """Initial values of a table, with zeros in the padding rows.
+    """Initializes a table, with zeros in the padding rows.
 
     Args:
-        initializer: a Keras initializer.
-        num_rows: rows without padding.
+        initializer: a Keras initializer of the rows without padding.
+        num_rows: number of rows without padding.
     """
 
     def __init__(self, initializer: Any, num_rows: int) -> None:
@@ -32,17 +32,17 @@ class PaddedInitializer:
         self.num_rows = num_rows
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Returns `[shape[0], ...]` values, the same in the first `num_rows` rows as without padding."""
+        """Returns `[shape[0], ...]` values. The first `num_rows` rows do not depend on the padding."""
         values = self.initializer((self.num_rows, *shape[1:]), dtype=dtype)
         return ops.pad(values, ((0, shape[0] - self.num_rows), *[(0, 0)] * (len(shape) - 1)))
 
 
 class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
-    """A regularizer of the rows without padding.
+    """Applies a regularizer to the rows without padding.
 
     Args:
         regularizer: a Keras regularizer.
-        num_rows: rows without padding.
+        num_rows: number of rows without padding.
     """
 
     def __init__(self, regularizer: Any, num_rows: int) -> None:
@@ -51,7 +51,7 @@ class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
 
     def __call__(self, x: Any) -> Any:
         """Returns the penalty of the first `num_rows` rows."""
-        # Zeros add nothing to these, and slicing a split table moves data between devices.
+        # Zeros do not change these penalties, and slicing a split table would move data between devices.
         if type(self.regularizer) in (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2):
             return self.regularizer(x)
         return self.regularizer(ops.convert_to_tensor(x)[: self.num_rows])
@@ -71,24 +71,29 @@ def add_table(
     regularizer: Any = None,
     constraint: Any = None,
 ) -> keras.Variable:
-    """Returns a new table for a layer, padded and laid out. The layer tracks it once it is an attribute.
+    """Creates a padded table for a layer, laid out on the mesh in force.
+
+    Keras tracks the variable once it is assigned to an attribute of the layer.
 
     Args:
-        layer: the layer that the table belongs to.
+        layer: the layer that owns the table.
         name: name of the variable.
         shape: `(num_rows, width)`, without padding.
-        initializer: a Keras initializer.
-        row_multiple: the number of rows is rounded up to a multiple of it.
-        mesh_axis: the axis of the mesh in force that splits the rows, or `None` to follow the layout map.
+        initializer: a Keras initializer of the rows without padding.
+        row_multiple: the number of rows is rounded up to a multiple of this.
+        mesh_axis: axis of the mesh in force that splits the rows, or `None` to follow the layout map.
         variable_class: class of the variable; `keras.Variable` by default.
-        dtype: as in `keras.layers.Layer.add_weight`, like all arguments that follow.
+        dtype: dtype of the variable; by default that of the layer's variables.
         trainable: whether the table is trained.
         autocast: whether the table is cast to the layer's compute dtype.
-        regularizer: penalty of the rows without padding.
-        constraint: constraint of the table.
+        regularizer: regularizer of the rows without padding, or `None`.
+        constraint: constraint of the table, or `None`.
+
+    Returns:
+        The `[num_padded_rows, width]` variable.
 
     Raises:
-        ValueError: if the padded rows do not divide over the axis.
+        ValueError: if the number of padded rows is not divisible by the size of the mesh axis.
     """
     num_rows = shape[0]
     num_padded_rows = padded_rows(num_rows, row_multiple)
@@ -99,7 +104,7 @@ def add_table(
         initializer = PaddedInitializer(initializer, num_rows)
         if regularizer is not None:
             regularizer = PaddedRegularizer(regularizer, num_rows)
-    # Keras lays out by its layout map, unless it is told how.
+    # Without an explicit layout, Keras applies its layout map.
     laid_out = {"layout": layout.row_sharding(axis)} if axis is not None and axis == mesh_axis else {}
     with keras.name_scope(layer.name, caller=layer):
         variable = (variable_class or keras.Variable)(
@@ -117,21 +122,21 @@ def add_table(
 
 
 def pad_rows(value: Any, num_rows: int) -> np.ndarray[Any, Any]:
-    """Returns `[n, ...]` values as an array of `num_rows` rows, with zeros in the rows that are added."""
+    """Returns `[n, ...]` values as a NumPy array of `num_rows` rows, with zeros in the added rows."""
     value = ops.convert_to_numpy(value) if ops.is_tensor(value) else np.asarray(value)
     return np.pad(value, ((0, num_rows - value.shape[0]), *[(0, 0)] * (value.ndim - 1)))
 
 
 class UnpaddedStore:
-    """A store of a layer's weights that holds tables without their padding rows.
+    """A weight store that saves and loads tables without their padding rows.
 
-    Files then do not depend on `row_multiple`, and a plain `keras.layers.Embedding` loads them.
+    Files therefore do not depend on `row_multiple`, and a plain `keras.layers.Embedding` can load them.
 
     Args:
-        store: what Keras passes to `save_own_variables` or `load_own_variables`.
-        num_rows: rows of a table without padding.
-        num_padded_rows: rows of a table with padding.
-        name: name of the layer, for errors.
+        store: the store that Keras passes to `save_own_variables` or `load_own_variables`.
+        num_rows: number of rows of a table without padding.
+        num_padded_rows: number of rows of a table with padding.
+        name: name of the layer, for error messages.
     """
 
     def __init__(self, store: Any, num_rows: int, num_padded_rows: int, name: str) -> None:
@@ -151,7 +156,7 @@ class UnpaddedStore:
         if value.shape[0] != self.num_rows:
             raise ValueError(
                 f"The saved weights of {self.name!r} must have one row for each id. Received: shape "
-                f"{tuple(value.shape)} for {self.num_rows} rows. Build the layer with the sizes that were saved."
+                f"{tuple(value.shape)} for {self.num_rows} rows. Build the layer with the saved sizes."
             )
         return pad_rows(value, self.num_padded_rows)
 
@@ -169,13 +174,13 @@ def _check_padding_divides(num_padded_rows: int, row_multiple: int, axis: str | 
         return
     if row_multiple == 1:
         raise ValueError(
-            "The rows of a table must divide over the mesh axis that splits them. Received: "
+            "The number of rows of a table must be divisible by the size of the mesh axis that splits them. Received: "
             f"{num_padded_rows} rows of {path!r} without padding for {num_shards} devices on mesh axis {axis!r}, as in "
-            "files of version 0.1. Load such a file without a distribution; or build the model anew, with padding, and "
+            "files of version 0.1. Load the file without a distribution. Or build the model again, with padding, and "
             "call `load_weights` before `compile`."
         )
     raise ValueError(
-        "The rows of a table, padded to a multiple of `row_multiple`, must divide over the mesh axis that splits them. "
-        f"Received: row_multiple={row_multiple} of {path!r} for {num_shards} devices on mesh axis {axis!r}. "
-        f"Pass a `row_multiple` that {num_shards} divides, or split over another axis."
+        "The number of rows of a table, rounded up to a multiple of `row_multiple`, must be divisible by the size of "
+        f"the mesh axis that splits them. Received: row_multiple={row_multiple} of {path!r} for {num_shards} devices "
+        f"on mesh axis {axis!r}. Pass a `row_multiple` divisible by {num_shards}, or split the rows over another axis."
     )

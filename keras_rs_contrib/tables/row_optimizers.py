@@ -1,4 +1,4 @@
-"""Optimizers of the rows of a table that a batch has looked up: what they keep, and pure functions of arrays."""
+"""Row optimizers: they update only the rows of a table that are in the batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedul
 
 
 class RowOptimizer:
-    """An optimizer of those rows of a table that are in a batch; all others stay as they are.
+    """Base class of optimizers that update only the rows of a table that are in the batch.
 
-    A subclass says what is kept for each row, in `slots`, and how rows change, in `update`.
+    A subclass defines the state of each row in `slots`, and the update of the rows in `update`.
 
     Args:
         learning_rate: positive float, or a `keras.optimizers.schedules.LearningRateSchedule` of the number of steps.
-        clipnorm: positive float; the gradient of a row, summed over the places of the row in the batch, is scaled down
-            to this L2 norm where it is longer. `None` for no clipping.
+        clipnorm: positive float, or `None` for no clipping. The gradients of a row are summed over the batch. If the
+            L2 norm of the sum is larger than `clipnorm`, the sum is scaled down to it.
 
     Raises:
-        TypeError: if an argument is no number.
+        TypeError: if an argument is not a number.
         ValueError: if an argument is out of range.
     """
 
@@ -36,7 +36,13 @@ class RowOptimizer:
         self.clipnorm = None if clipnorm is None else positive_number("clipnorm", clipnorm)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
-        """Returns the width and the initial value of each table that is kept beside that of `output_dim`."""
+        """Returns the width and the initial value of each slot, by name.
+
+        A slot is a table of optimizer state, with one row for each row of the embedding table.
+
+        Args:
+            output_dim: size of an embedding.
+        """
         return {}
 
     def update(
@@ -45,16 +51,22 @@ class RowOptimizer:
         """Returns the rows and their slots after a step.
 
         Args:
-            rows: `[num_rows, output_dim]` float32, each row of the batch once.
-            slots: `[num_rows, width]` float32 each.
-            gradients: `[num_rows, output_dim]` float32, clipped.
+            rows: `[num_rows, output_dim]` float32, the unique rows of the batch.
+            slots: `[num_rows, width]` float32 each, by name.
+            gradients: `[num_rows, output_dim]` float32, summed over the batch and clipped.
             learning_rate: float32 scalar.
-            step: float32 scalar, the number of the step, from 1 on.
+            step: float32 scalar, the number of the step, starting at 1.
+
+        Returns:
+            The new rows and slots, shapes and dtypes of `rows` and `slots`.
         """
         raise NotImplementedError
 
     def clip(self, gradients: Any) -> Any:
-        """Returns `[num_rows, output_dim]` gradients, none longer than `clipnorm`."""
+        """Returns `[num_rows, output_dim]` gradients, each with an L2 norm of at most `clipnorm`.
+
+        Formula: `g = g * min(1, clipnorm / ||g||)`, for each row.
+        """
         if self.clipnorm is None:
             return gradients
         squared_norm = ops.sum(ops.square(gradients), axis=1, keepdims=True)
@@ -72,7 +84,7 @@ class RowOptimizer:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RowOptimizer:
-        """Returns the optimizer that `get_config` describes."""
+        """Creates a row optimizer from its config."""
         learning_rate = config["learning_rate"]
         if isinstance(learning_rate, dict):
             learning_rate = keras.saving.deserialize_keras_object(learning_rate)
@@ -81,11 +93,13 @@ class RowOptimizer:
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class RowSGD(RowOptimizer):
-    """Stochastic gradient descent, as `keras.optimizers.SGD` without momentum does it to a whole table.
+    """Stochastic gradient descent, with the same result as `keras.optimizers.SGD` without momentum.
+
+    Formula: `w = w - lr * g`.
 
     Args:
-        learning_rate: see `RowOptimizer`, as `clipnorm`.
-        clipnorm: by row.
+        learning_rate: positive float or schedule: see `RowOptimizer`.
+        clipnorm: positive float, the largest L2 norm of the gradient of a row, or `None`: see `RowOptimizer`.
     """
 
     def __init__(self, learning_rate: LearningRate = 0.01, clipnorm: float | None = None) -> None:
@@ -94,21 +108,21 @@ class RowSGD(RowOptimizer):
     def update(
         self, rows: Any, slots: dict[str, Any], gradients: Any, learning_rate: Any, step: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns the rows after a step: see `RowOptimizer`."""
+        """Returns the rows after a step: see `RowOptimizer.update`."""
         return ops.subtract(rows, ops.multiply(learning_rate, gradients)), slots
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class RowAdagrad(RowOptimizer):
-    """Adagrad, as `keras.optimizers.Adagrad` does it to a whole table: a row without gradient stays as it is there too.
+    """Adagrad, with the same result as `keras.optimizers.Adagrad`.
 
-    It keeps one accumulator for each number of the table.
+    Formula: `a = a + g^2; w = w - lr * g / sqrt(a + epsilon)`, with one accumulator `a` for each element of the table.
 
     Args:
-        learning_rate: see `RowOptimizer`, as `clipnorm`.
+        learning_rate: positive float or schedule: see `RowOptimizer`.
         initial_accumulator_value: float, at least 0.
-        epsilon: positive float, added to the accumulator under the root.
-        clipnorm: by row.
+        epsilon: positive float, added to the accumulator inside the square root.
+        clipnorm: positive float, the largest L2 norm of the gradient of a row, or `None`: see `RowOptimizer`.
 
     Reference: Duchi et al., "Adaptive subgradient methods for online learning and stochastic optimization", JMLR 2011.
     """
@@ -125,13 +139,13 @@ class RowAdagrad(RowOptimizer):
         self.epsilon = positive_number("epsilon", epsilon)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
-        """Returns what is kept: see `RowOptimizer`."""
+        """Returns the width and the initial value of each slot: see `RowOptimizer.slots`."""
         return {"accumulator": (output_dim, self.initial_accumulator_value)}
 
     def update(
         self, rows: Any, slots: dict[str, Any], gradients: Any, learning_rate: Any, step: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns the rows and the accumulators after a step: see `RowOptimizer`."""
+        """Returns the rows and the accumulators after a step: see `RowOptimizer.update`."""
         accumulator = ops.add(slots["accumulator"], self._squared(gradients))
         change = ops.divide(ops.multiply(learning_rate, gradients), ops.sqrt(ops.add(accumulator, self.epsilon)))
         return ops.subtract(rows, change), {"accumulator": accumulator}
@@ -147,23 +161,25 @@ class RowAdagrad(RowOptimizer):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class RowWiseAdagrad(RowAdagrad):
-    """Adagrad with one accumulator a row, which adds up the mean of the squares of the row's gradient.
+    """Adagrad with one accumulator for each row.
 
-    All numbers of a row share a learning rate, so it learns otherwise than `RowAdagrad`, and what it keeps is smaller
-    by `output_dim`.
+    Formula: `a = a + mean(g^2); w = w - lr * g / sqrt(a + epsilon)`, with the mean over the elements of the row.
+
+    All elements of a row share one effective learning rate, so the result differs from `RowAdagrad`. The accumulators
+    need `output_dim` times less memory.
 
     Args:
-        learning_rate: see `RowOptimizer`, as `clipnorm`.
+        learning_rate: positive float or schedule: see `RowOptimizer`.
         initial_accumulator_value: float, at least 0.
-        epsilon: positive float, added to the accumulator under the root.
-        clipnorm: by row.
+        epsilon: positive float, added to the accumulator inside the square root.
+        clipnorm: positive float, the largest L2 norm of the gradient of a row, or `None`: see `RowOptimizer`.
 
     Reference: Mudigere et al., "Software-hardware co-design for fast and scalable training of deep learning
     recommendation models", ISCA 2022, arXiv 2104.05158.
     """
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
-        """Returns what is kept: see `RowOptimizer`."""
+        """Returns the width and the initial value of each slot: see `RowOptimizer.slots`."""
         return {"accumulator": (1, self.initial_accumulator_value)}
 
     def _squared(self, gradients: Any) -> Any:
@@ -172,21 +188,24 @@ class RowWiseAdagrad(RowAdagrad):
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class LazyAdam(RowOptimizer):
-    """Adam in which only the rows of the batch move, and only their moments decay.
+    """Adam that updates only the rows of the batch and their moments.
 
-    `keras.optimizers.Adam` moves every row in every step, by what is left of its momentum. Here a row waits with its
-    moments as they are until it is next in a batch; the bias correction counts all steps of the table. It keeps two
-    numbers for each of the table.
+    Formula: `m = beta_1 * m + (1 - beta_1) * g; v = beta_2 * v + (1 - beta_2) * g^2;
+    w = w - lr * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)`, where `t` is the number of the step.
+
+    `keras.optimizers.Adam` updates every row in every step, because the momentum of a row decays slowly. Here, rows
+    outside the batch and their moments do not change. The bias correction counts all steps of the table. The moments
+    are two values for each element of the table.
 
     Args:
-        learning_rate: see `RowOptimizer`, as `clipnorm`.
+        learning_rate: positive float or schedule: see `RowOptimizer`.
         beta_1: decay of the first moment, in [0, 1).
         beta_2: decay of the second moment, in [0, 1).
-        epsilon: positive float, added to the root of the second moment before its bias is corrected, as in Keras.
-        clipnorm: by row.
+        epsilon: positive float, added to the square root of the second moment before bias correction, as in Keras.
+        clipnorm: positive float, the largest L2 norm of the gradient of a row, or `None`: see `RowOptimizer`.
 
-    Reference: Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015. The name is that of
-    `tfa.optimizers.LazyAdam` of TensorFlow Addons, which does the same.
+    Reference: Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015. The name and the update of sparse
+    rows follow `tfa.optimizers.LazyAdam` of TensorFlow Addons.
     """
 
     def __init__(
@@ -203,13 +222,13 @@ class LazyAdam(RowOptimizer):
         self.epsilon = positive_number("epsilon", epsilon)
 
     def slots(self, output_dim: int) -> dict[str, tuple[int, float]]:
-        """Returns what is kept: see `RowOptimizer`."""
+        """Returns the width and the initial value of each slot: see `RowOptimizer.slots`."""
         return {"momentum": (output_dim, 0.0), "velocity": (output_dim, 0.0)}
 
     def update(
         self, rows: Any, slots: dict[str, Any], gradients: Any, learning_rate: Any, step: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns the rows and their moments after a step: see `RowOptimizer`."""
+        """Returns the rows and their moments after a step: see `RowOptimizer.update`."""
         momentum = ops.add(slots["momentum"], (gradients - slots["momentum"]) * (1.0 - self.beta_1))
         velocity = ops.add(slots["velocity"], (ops.square(gradients) - slots["velocity"]) * (1.0 - self.beta_2))
         correction = ops.sqrt(1.0 - ops.power(self.beta_2, step)) / (1.0 - ops.power(self.beta_1, step))
@@ -229,12 +248,12 @@ NAMES: dict[str, type[RowSGD | RowAdagrad | LazyAdam]] = {
 }
 
 
-# Keras's dense optimizers that are taken over, with these settings.
+# Keras optimizers that convert to a row optimizer, and the settings that are copied.
 COPIED_SETTINGS: dict[type, tuple[type[RowSGD | RowAdagrad], list[str]]] = {
     keras.optimizers.SGD: (RowSGD, []),
     keras.optimizers.Adagrad: (RowAdagrad, ["initial_accumulator_value", "epsilon"]),
 }
-# Their other settings must be these.
+# The other settings must have these values.
 UNUSED_SETTINGS: dict[str, Any] = {
     "momentum": 0.0,
     "nesterov": False,
@@ -252,12 +271,12 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
     """Returns a row optimizer.
 
     Args:
-        optimizer: one of `NAMES`, a `RowOptimizer`, what `keras.saving.serialize_keras_object` made of one, or a
-            `keras.optimizers.SGD` or `Adagrad`, whose settings are taken over.
+        optimizer: a name in `NAMES`, a `RowOptimizer`, the result of `keras.saving.serialize_keras_object` for one, or
+            a `keras.optimizers.SGD` or `Adagrad`, whose settings are copied.
 
     Raises:
-        TypeError: if it is none of these.
-        ValueError: if it has no name of these, or a setting of Keras's that cannot be kept.
+        TypeError: if the type of `optimizer` is not supported.
+        ValueError: if the name is unknown, or if a setting of a Keras optimizer is not supported.
     """
     if isinstance(optimizer, dict):
         optimizer = keras.saving.deserialize_keras_object(optimizer)
@@ -266,9 +285,9 @@ def get(optimizer: str | dict[str, Any] | RowOptimizer | keras.optimizers.Optimi
     if isinstance(optimizer, str):
         if optimizer not in NAMES:
             raise ValueError(
-                f"`optimizer` must be one of {sorted(NAMES)}. Received: optimizer={optimizer!r}. Each is a class too: "
-                f"{', '.join(f'`{kind.__name__}`' for kind in NAMES.values())}. Adam moves every row in every step; "
-                '"lazy_adam" moves those of the batch.'
+                f"`optimizer` must be one of {sorted(NAMES)}. Received: optimizer={optimizer!r}. Pass one of these "
+                f"names or an instance of {', '.join(f'`{kind.__name__}`' for kind in NAMES.values())}. Use "
+                '"lazy_adam" instead of Adam, which updates every row in every step.'
             )
         return NAMES[optimizer]()
     if type(optimizer) in COPIED_SETTINGS:
@@ -285,16 +304,16 @@ def _from_keras(optimizer: keras.optimizers.Optimizer) -> RowOptimizer:
     if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule | keras.Variable):
         raise ValueError(
             "The learning rate must be a number or a schedule. Received: "
-            f"{learning_rate!r}. Make it a `keras.optimizers.schedules.LearningRateSchedule`."
+            f"{learning_rate!r}. Pass a float or a `keras.optimizers.schedules.LearningRateSchedule`."
         )
     kind, copied = COPIED_SETTINGS[type(optimizer)]
     config = optimizer.get_config()
     for name, unused in UNUSED_SETTINGS.items():
         if config.get(name, unused) != unused:
             raise ValueError(
-                f"Of {type(optimizer).__name__}, rows can do without `{name}` alone. "
-                f"Received: {name}={config[name]!r}. Leave it out; `clipnorm` by row is an argument of "
-                f"`{kind.__name__}`."
+                f"`{name}` of `keras.optimizers.{type(optimizer).__name__}` is not supported for row updates, and must "
+                f"be {unused!r}. Received: {name}={config[name]!r}. Remove it. To clip the gradient of each row, pass "
+                f"`{kind.__name__}(clipnorm=...)`."
             )
     if isinstance(learning_rate, keras.Variable):
         learning_rate = float(config["learning_rate"])
@@ -310,22 +329,31 @@ def _number(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Returns `value` as a float, or raises where it is none (`TypeError`), or not positive (`ValueError`)."""
+    """Returns `value` as a float.
+
+    Args:
+        name: name of the argument, for error messages.
+        value: value of the argument.
+
+    Raises:
+        TypeError: if `value` is not a number.
+        ValueError: if `value` is not positive or not finite.
+    """
     number = _number(name, value)
     if not 0.0 < number < math.inf:
-        raise ValueError(f"`{name}` must be positive and finite. Received: {name}={value!r}. Pass a small number.")
+        raise ValueError(f"`{name}` must be positive and finite. Received: {name}={value!r}. Pass a positive float.")
     return number
 
 
 def _not_negative(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0.0 <= number < math.inf:
-        raise ValueError(f"`{name}` must be finite, and at least 0. Received: {name}={value!r}. Pass 0 or more.")
+        raise ValueError(f"`{name}` must be finite and at least 0. Received: {name}={value!r}. Pass 0.0 or more.")
     return number
 
 
 def _below_one(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0.0 <= number < 1.0:
-        raise ValueError(f"`{name}` must lie in [0, 1). Received: {name}={value!r}. Pass a number such as 0.9.")
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}. Pass a float such as 0.9.")
     return number

@@ -1,4 +1,4 @@
-"""An embedding whose training step costs what the batch costs, however large the table."""
+"""An embedding whose training step depends on the size of the batch, not on the size of the table."""
 
 from __future__ import annotations
 
@@ -17,41 +17,43 @@ from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class RowSparseEmbedding(ShardedEmbedding):
-    """`keras.layers.Embedding` that trains only the rows of the batch, by an optimizer of its own.
+    """A `keras.layers.Embedding` that updates only the rows of the batch, with its own row optimizer.
 
-    A plain embedding has a gradient as large as the table, and its optimizer goes over all rows in each step. Here a
-    step reads and writes the rows that are in the batch, in place: the same batch takes as long in a table of a million
-    rows as in one of a thousand. The layer works within `fit` and with any Keras optimizer, which trains the other
-    weights of the model and leaves this layer's alone; so weight decay, clipping and the learning rate of `compile` are
-    not those of the rows.
+    The gradient of a plain embedding is as large as the table, and its optimizer updates all rows in each step. This
+    layer reads and writes only the rows of the batch, in place. The time of a step depends on the batch, not on the
+    number of rows in the table. The layer works in `fit` and with any Keras optimizer, which trains the other weights
+    of the model. The learning rate, weight decay and clipping of that optimizer do not apply to the rows.
 
-    What the optimizer keeps for each row are weights of the layer: they are saved and restored with it. They count as
-    trainable weights, since Keras's optimizers overwrite these, and no others, with what a step computes.
+    The slots of the row optimizer are weights of the layer, so they are saved and restored with it. They count as
+    trainable weights, because Keras optimizers overwrite only trainable weights with the values that a step computes.
 
-    The table must be looked up once in each training step. Two lookups are an error: join them, by `lookup_together`.
-    So is a gradient of the table that comes from elsewhere, or an optimizer that accumulates or scales gradients or
-    averages weights. `jax.grad`, taken by hand, gives the table after the step, and likewise what is kept for its rows
-    (0 where the loss does not depend on a lookup): assign them, and apply the gradients of the rest, or let an
-    optimizer do both. The number of steps is one of the non-trainable weights that a stateless call returns.
+    A training step must look up the table exactly once. Join several lookups with `lookup_together`. The gradient of
+    the table must come from this lookup only. The optimizer of `compile` must not accumulate or scale gradients, or
+    average weights. Violations of these rules raise an error.
 
-    Out-of-range ids give NaN, as in a plain embedding; a batch with such an id changes no row.
+    `jax.grad` returns the table and its slots after the step, or 0 if the loss does not depend on a lookup. Assign
+    these values and apply the gradients of the other weights, or let a Keras optimizer do both. The number of steps is
+    one of the non-trainable weights that `stateless_call` returns.
+
+    Out-of-range ids return NaN, as in a plain embedding. A batch with such an id changes no row.
 
     Args:
-        input_dim: as of `keras.layers.Embedding`, as the other arguments.
-        output_dim: size of an embedding.
+        input_dim: positive int, the number of ids.
+        output_dim: positive int, the size of an embedding.
         optimizer: `"adagrad"`, `"sgd"`, `"rowwise_adagrad"`, `"lazy_adam"`; a `RowAdagrad`, `RowSGD`, `RowWiseAdagrad`
-            or `LazyAdam`; or a `keras.optimizers.Adagrad` or `SGD`, whose settings are taken over. The first two
-            compute what Keras's dense optimizers of that name do.
-        embeddings_initializer: initial values of the table.
-        mesh_axis: the axis of the mesh in force over which the rows, and all that is kept for them, are split: see
-            `ShardedEmbedding`. Each device then changes the rows that it holds.
-        **kwargs: arguments of `keras.layers.Embedding`, but for regularizers and constraints of the table, LoRA and
-            quantization.
+            or `LazyAdam`; or a `keras.optimizers.Adagrad` or `SGD`, whose settings are copied. `"adagrad"` and `"sgd"`
+            have the same result as Keras's dense optimizers of these names.
+        embeddings_initializer: initializer of the table.
+        mesh_axis: axis of the mesh in force that splits the rows and their slots: see `ShardedEmbedding`. Each device
+            updates the rows that it holds.
+        row_multiple: the number of rows is padded to a multiple of this: see `ShardedEmbedding`.
+        **kwargs: other arguments of `keras.layers.Embedding`. Regularizers and constraints of the table, LoRA and
+            quantization are not supported.
 
     Raises:
-        NotImplementedError: on another backend than JAX.
-        TypeError: if `optimizer` is none.
-        ValueError: if an argument is out of range, or goes over all rows.
+        NotImplementedError: if the Keras backend is not JAX.
+        TypeError: if the type of `optimizer` is not supported.
+        ValueError: if an argument is out of range, or would process all rows in each step.
 
     Example:
     ```python
@@ -78,7 +80,7 @@ class RowSparseEmbedding(ShardedEmbedding):
                 f"Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
         _check_no_sweep(kwargs)
-        # Before the constructor of the base class, which builds the layer if it is given weights.
+        # The constructor of the base class would build the layer if it received weights, before the optimizer is set.
         row_optimizer = row_optimizers.get(optimizer)
         weights = kwargs.pop("weights", None)
         super().__init__(
@@ -90,12 +92,12 @@ class RowSparseEmbedding(ShardedEmbedding):
             **kwargs,
         )
         self.optimizer = row_optimizer
-        # The tensor that was looked up last while JAX traced a training step, hidden from Keras's attribute tracking.
+        # The tensor of the last lookup in a traced training step. Set this way to bypass Keras's attribute tracking.
         object.__setattr__(self, "_looked_up", None)
         self._assign_weights(weights)
 
     def _add_table(self, name: str, shape: tuple[int, int], **kwargs: Any) -> keras.Variable:
-        # Autocasting would round the next value, and make the table a new tensor in each lookup.
+        # Autocast would round the next value, and would create a new tensor in each lookup.
         return super()._add_table(name, shape, **{"variable_class": RowSparseTable, **kwargs, "autocast": False})
 
     def build(self, input_shape: Any = None) -> None:
@@ -103,7 +105,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         if self.built:
             return
         super().build(input_shape)
-        # The slots are laid out like the table, even if a layout map names the table alone.
+        # The slots are laid out like the table, even if the layout map matches only the table.
         row_axis = axis_of_rows(self.mesh_axis, f"{self.path}/embeddings")
         self._slots = {
             name: self._add_table(
@@ -117,16 +119,16 @@ class RowSparseEmbedding(ShardedEmbedding):
             for name, (width, value) in self.optimizer.slots(self.output_dim).items()
         }
         tie(self.embeddings, tuple(self._slots.values()))
-        self._iterations = self._scalar("iterations", 0, "int32")
+        self._step_count = self._scalar("iterations", 0, "int32")
         if isinstance(self.optimizer.learning_rate, float):
-            self._learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
+            self._current_learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
         self._freeze_new_weights()
 
     def _scalar(self, name: str, value: float, dtype: str) -> keras.Variable:
         distribution = keras.distribution.distribution()
         replicated = {}
         if distribution is not None:
-            # A layout map that matches the whole layer means its tables: a scalar has no axis to split.
+            # A layout map may match all variables of the layer, but a scalar has no axis to split.
             replicated["layout"] = keras.distribution.TensorLayout([], distribution.device_mesh).backend_layout
         initializer = keras.initializers.Constant(value)
         with keras.name_scope(self.name, caller=self):
@@ -136,27 +138,27 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     @property
     def learning_rate(self) -> Any:
-        """The learning rate of the rows, which may be assigned between steps where it is no schedule."""
+        """The learning rate of the rows. It can be assigned between steps, unless it is a schedule."""
         if not self.built:
             return self.optimizer.learning_rate
         if isinstance(self.optimizer.learning_rate, float):
-            return self._learning_rate
-        return self.optimizer.learning_rate(self._iterations)
+            return self._current_learning_rate
+        return self.optimizer.learning_rate(self._step_count)
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float) -> None:
         if not self.built or not isinstance(self.optimizer.learning_rate, float):
             raise ValueError(
-                "The learning rate can be assigned once the layer is built, and where it is no schedule. Received: "
-                f"{learning_rate!r} for {self.optimizer.learning_rate!r} of {self.name!r}. "
-                "Pass it to the row optimizer."
+                "The learning rate can be assigned only once the layer is built, and only if it is not a schedule. "
+                f"Received: {learning_rate!r} for {self.optimizer.learning_rate!r} of {self.name!r}. "
+                "Pass it to the row optimizer instead."
             )
-        self._learning_rate.assign(row_optimizers.positive_number("learning_rate", learning_rate))
+        self._current_learning_rate.assign(row_optimizers.positive_number("learning_rate", learning_rate))
 
     @property
     def iterations(self) -> Any:
-        """How many steps the table has been trained."""
-        return self._iterations
+        """The number of training steps of the table."""
+        return self._step_count
 
     def call(self, inputs: Any) -> Any:
         """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
@@ -164,7 +166,7 @@ class RowSparseEmbedding(ShardedEmbedding):
             inputs = ops.cast(inputs, "int32")
         table = self.embeddings.value_for_lookup
         step = _Step(self)
-        iterations = ops.convert_to_tensor(self._iterations)
+        iterations = ops.convert_to_tensor(self._step_count)
         outputs = row_update.look_up(
             row_update.Table(table, {name: slot.value for name, slot in self._slots.items()}),
             inputs,
@@ -182,25 +184,25 @@ class RowSparseEmbedding(ShardedEmbedding):
         return ops.cast(outputs, self.compute_dtype)
 
     def _note_step(self, table: Any) -> None:
-        """Counts the training step that looks the table up, or raises where it does so again."""
+        """Counts a training step, or raises `ValueError` if the step has already looked up the table."""
         if self._looked_up is not None and self._looked_up() is table:
             raise ValueError(
-                "A `RowSparseEmbedding` can be looked up once in a training step, for its gradient is the table after "
-                f"the step, and two do not add up. Received: a second lookup of {self.name!r}. "
-                "Look all ids up at once: `lookup_together(embedding, [ids, more_ids])`."
+                "A `RowSparseEmbedding` can be looked up once in a training step: its gradient is the table after the "
+                f"step, and two such gradients cannot be added. Received: a second lookup of {self.name!r}. "
+                "Look up all ids in one call: `lookup_together(embedding, [ids, more_ids])`."
             )
         object.__setattr__(self, "_looked_up", weakref.ref(table))
-        self._iterations.assign_add(1)
+        self._step_count.assign_add(1)
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `ValueError`, for LoRA adds a product as large as the table."""
+        """Raises `ValueError`, because LoRA adds a product as large as the table."""
         _check_no_sweep({"lora_rank": args[0] if args else kwargs.get("rank")})
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `NotImplementedError`, for what is quantized cannot be trained row by row."""
+        """Raises `NotImplementedError`, because a quantized table cannot be trained."""
         raise NotImplementedError(
-            f"A `RowSparseEmbedding` is trained, not quantized. Received: `quantize` for {self.name!r}. "
-            "Assign its `embeddings` to a `keras.layers.Embedding` and quantize that."
+            f"A `RowSparseEmbedding` cannot be quantized. Received: a call of `quantize` for {self.name!r}. "
+            "Assign its `embeddings` to a `keras.layers.Embedding` and quantize that layer."
         )
 
     def save_own_variables(self, store: Any) -> None:
@@ -211,24 +213,24 @@ class RowSparseEmbedding(ShardedEmbedding):
             store[name] = variable
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the weights. A plain embedding has saved its table alone; then the others stay as they are."""
+        """Loads the weights. A file of a plain embedding contains only the table, and changes no other weights."""
         others = self._other_variables()
         names = set(store.keys())
         if names not in ({"0"}, {"0", *others}):
             raise ValueError(
-                "The weights of a `RowSparseEmbedding` must be those of its row optimizer. Received: "
+                "The saved weights of a `RowSparseEmbedding` must match its row optimizer. Received: "
                 f"{sorted(names)} for {self.name!r} with {type(self.optimizer).__name__}, which has "
-                f"{['0', *others]}. Build it with the optimizer that was saved."
+                f"{['0', *others]}. Build the layer with the saved optimizer."
             )
         variables = {"0": self.embeddings, **others}
         for name in names:
-            # A mean of squares has the name of the squares, and another shape.
+            # The slots of `RowAdagrad` and `RowWiseAdagrad` have the same name but different shapes.
             expected = (self.input_dim, *variables[name].shape[1:]) if variables[name].shape else ()
             if tuple(store[name].shape) != expected:
                 raise ValueError(
-                    "The weights of a `RowSparseEmbedding` must have the shapes of its own. Received: shape "
+                    "The saved weights of a `RowSparseEmbedding` must have the shapes of its weights. Received: shape "
                     f"{tuple(store[name].shape)} for {variables[name].path!r}, whose shape without padding is "
-                    f"{expected}. Build it with the sizes and the optimizer that were saved."
+                    f"{expected}. Build the layer with the saved sizes and the saved optimizer."
                 )
         unpadded = self._unpadded(store)
         for name in names:
@@ -237,9 +239,9 @@ class RowSparseEmbedding(ShardedEmbedding):
     def _other_variables(self) -> dict[str, keras.Variable]:
         if not self.built:
             return {}
-        others = {**self._slots, "iterations": self._iterations}
+        others = {**self._slots, "iterations": self._step_count}
         if isinstance(self.optimizer.learning_rate, float):
-            others["learning_rate"] = self._learning_rate
+            others["learning_rate"] = self._current_learning_rate
         return others
 
     def get_config(self) -> dict[str, Any]:
@@ -248,17 +250,17 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RowSparseEmbedding:
-        """Returns the layer that `get_config` describes."""
-        # Unlike those of other tables, slots are weights of the layer, and so old files can get padding.
+        """Creates a layer from its config."""
+        # The slots are weights of the layer, so loading can add padding to files of version 0.1.
         embedding: RowSparseEmbedding = super().from_config({"row_multiple": DEFAULT_ROW_MULTIPLE, **config})
         return embedding
 
 
 class _Step:
-    """What becomes of a lookup.
+    """The state of a lookup while JAX traces it.
 
     Attributes:
-        is_differentiated: whether it is part of a training step.
+        is_differentiated: whether the lookup is part of a training step.
         is_traced: whether the lookup has returned.
     """
 
@@ -268,29 +270,29 @@ class _Step:
         self.is_traced = False
 
     def when_differentiated(self) -> None:
-        """Notes that the lookup is part of a training step; JAX calls it while it traces the lookup, or later."""
+        """Marks the lookup as part of a training step. JAX calls this during or after the trace of the lookup."""
         if self.is_traced:
-            # By now the step cannot be counted any more, nor a second lookup be told from the first.
+            # It is too late to count the step, or to detect a second lookup.
             raise ValueError(
-                "A `RowSparseEmbedding` must be looked up in the very function that is differentiated. Received: a "
-                f"lookup of {self.embedding.name!r} within a function that JAX traced before, by `jax.jit` or "
-                "`jax.checkpoint`. Compile the function that takes the gradient, and leave the lookup out of what is "
-                "computed anew."
+                "A `RowSparseEmbedding` must be looked up directly in the function that is differentiated. Received: "
+                f"a lookup of {self.embedding.name!r} inside a function that JAX has traced before, by `jax.jit` or "
+                "`jax.checkpoint`. Compile the function that computes the gradient, and keep the lookup outside of "
+                "`jax.checkpoint`."
             )
         self.is_differentiated = True
 
 
 def _check_no_sweep(arguments: dict[str, Any]) -> None:
-    """Raises `ValueError` where an argument of an embedding concerns the whole table in each step."""
-    cures = {
-        "embeddings_regularizer": "Pass an `activity_regularizer`, which is a penalty on the embeddings of the batch.",
-        "embeddings_constraint": "Bound the change by the `clipnorm` of a row optimizer.",
+    """Raises `ValueError` if an argument of an embedding would process the whole table in each step."""
+    fixes = {
+        "embeddings_regularizer": "Pass an `activity_regularizer`, a penalty on the embeddings of the batch.",
+        "embeddings_constraint": "Limit the updates with the `clipnorm` of a row optimizer.",
         "lora_rank": "Use a `keras.layers.Embedding`.",
         "quantization_config": "Use a `keras.layers.Embedding`.",
     }
-    for name, cure in cures.items():
+    for name, fix in fixes.items():
         if arguments.pop(name, None) is not None:
             raise ValueError(
-                f"A `RowSparseEmbedding` trains the rows of the batch alone. Received: `{name}`, which concerns all "
-                f"rows in each step. {cure}"
+                f"A `RowSparseEmbedding` processes only the rows of the batch. Received: `{name}`, which needs all "
+                f"rows in each step. {fix}"
             )

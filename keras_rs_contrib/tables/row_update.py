@@ -1,4 +1,4 @@
-"""A lookup in a table whose gradient is the table after a step of its own optimizer: pure functions of arrays."""
+"""Lookups whose gradient is the table after a step of its row optimizer: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from keras_rs_contrib.tables.row_optimizers import RowOptimizer
 
 
 class Table(NamedTuple):
-    """A table and what its optimizer keeps for each row.
+    """A table and the slots of its row optimizer.
 
     Attributes:
-        embeddings: `[num_rows_on_mesh, output_dim]`.
-        slots: `[num_rows_on_mesh, width]` float32 each, by name.
+        embeddings: `[num_padded_rows, output_dim]` float.
+        slots: `[num_padded_rows, width]` float32 each, by name.
     """
 
     embeddings: Any
@@ -37,28 +37,28 @@ def look_up(
     when_differentiated: Callable[[], None],
     when_updated: Callable[[], None],
 ) -> Any:
-    """Returns the rows of `ids`; the gradient of the table, and of each slot, is its value after a step.
+    """Returns the rows of `ids`. The gradient of the table and of each slot is its value after an optimizer step.
 
-    Duplicates among the ids count as one row with the sum of their gradients. Where an id has no row, no row changes.
+    The gradients of duplicate ids are summed. If an id is out of range, the step changes no row.
 
     Args:
-        table: the table.
-        ids: `[...]` ints; negative ones count from the last row, as in NumPy.
-        num_rows: rows of the table without padding.
-        optimizer: what changes the rows.
+        table: the table and its slots.
+        ids: `[...]` ints. Negative ids count from the last row, as in NumPy.
+        num_rows: number of rows of the table without padding.
+        optimizer: the row optimizer.
         learning_rate: float32 scalar.
-        step: float32 scalar, the number of the step, from 1 on.
-        layout: how the table lies on the mesh, or `None` where it lies on one device.
-        when_differentiated: called where JAX traces the lookup for its gradient.
-        when_updated: called where JAX traces the gradient itself, which it leaves out where the loss does not depend on
-            the lookup.
+        step: float32 scalar, the number of the step, starting at 1.
+        layout: layout of the table on the mesh, or `None` for a single device.
+        when_differentiated: called when JAX traces the forward pass of a differentiated lookup.
+        when_updated: called when JAX traces the backward pass. If the loss does not depend on the lookup, JAX skips the
+            backward pass.
 
     Returns:
-        `[..., output_dim]` of the table's dtype; NaN where an id has no row.
+        `[..., output_dim]`, dtype of the table; NaN for ids out of range.
     """
     row_ids = jnp.ravel(ids)
     if jnp.issubdtype(row_ids.dtype, jnp.unsignedinteger):
-        # What is beyond int32 must not wrap around into the table.
+        # Ids above the range of int32 must not wrap around to valid rows.
         row_ids = jnp.minimum(row_ids, np.iinfo("int32").max)
     row_ids = row_ids.astype("int32")
     row_ids = jnp.where(row_ids < 0, row_ids + num_rows, row_ids)
@@ -76,7 +76,7 @@ def look_up(
     def backward(residuals: Any, gradients: Any) -> tuple[Table, None, None, None]:
         when_updated()
         table, row_ids, learning_rate, step = residuals
-        # A batch with an id out of range is NaN, and so are all its gradients: they are not to reach the other rows.
+        # An id out of range makes the loss NaN, and so all gradients of the batch. They must not reach other rows.
         any_without = jnp.any(row_ids == table.embeddings.shape[0])
         row_ids = jnp.where(any_without, table.embeddings.shape[0], row_ids)
         return _updated(table, row_ids, gradients, optimizer, learning_rate, step, layout), None, None, None
@@ -87,7 +87,12 @@ def look_up(
 
 
 def constant(table: Any, name: str) -> Any:
-    """Returns a table, through which no gradient may flow: there JAX gets an error."""
+    """Returns a table through which a gradient raises `ValueError`.
+
+    Args:
+        table: `[num_padded_rows, output_dim]` float.
+        name: path of the table, for the error message.
+    """
 
     @jax.custom_vjp
     def identity(table: Any) -> Any:
@@ -95,8 +100,8 @@ def constant(table: Any, name: str) -> Any:
 
     def backward(_: None, gradient: Any) -> Any:
         raise ValueError(
-            f"The table of a `RowSparseEmbedding` gets gradients by lookups alone. Received: a gradient for {name!r}, "
-            "from a computation on the table itself. Look the rows up through the layer, wrap the table in "
+            "The gradient of the table of a `RowSparseEmbedding` must come from a lookup only. Received: a gradient "
+            f"for {name!r} from a computation on the table itself. Call the layer to look up rows, wrap the table in "
             "`keras.ops.stop_gradient`, or use a `keras_rs_contrib.ShardedEmbedding`."
         )
 
@@ -105,7 +110,7 @@ def constant(table: Any, name: str) -> Any:
 
 
 def _gathered(embeddings: Any, row_ids: Any, layout: TableLayout | None) -> Any:
-    """Returns the `[num_ids, output_dim]` rows, NaN where there is none."""
+    """Returns the `[num_ids, output_dim]` rows; NaN for ids out of range."""
     if layout is None or layout.row_axis is None:
         return jnp.take(embeddings, row_ids, axis=0, mode="fill", fill_value=jnp.nan)
     ids_axis = _ids_axis(row_ids, layout)
@@ -145,7 +150,7 @@ def _updated(
     row_axis = layout.row_axis
 
     def update(shard: Table, row_ids: Any, gradients: Any, learning_rate: Any, step: Any) -> Table:
-        # Each device sees the whole batch and changes the rows that it holds: what travels is as large as the batch.
+        # Each device gathers the whole batch and updates its own rows, so the traffic depends only on the batch size.
         if ids_axis is not None:
             row_ids = jax.lax.all_gather(row_ids, ids_axis, tiled=True)
             gradients = jax.lax.all_gather(gradients, ids_axis, tiled=True)
@@ -164,7 +169,7 @@ def _updated(
             PartitionSpec(),
         ),
         out_specs=PartitionSpec(row_axis),
-        # Devices that hold the same rows change them alike, which JAX cannot see.
+        # Devices that hold the same rows compute the same update, but JAX cannot infer this.
         check_vma=False,
     )(table, row_ids, gradients, learning_rate, step)
     return result
@@ -173,13 +178,13 @@ def _updated(
 def _with_rows_updated(
     table: Table, row_ids: Any, gradients: Any, optimizer: RowOptimizer, learning_rate: Any, step: Any
 ) -> Table:
-    """Returns the table with the rows of the batch changed, where it lies.
+    """Returns the table after an update of the rows in the batch. Only these rows are read and written.
 
     Args:
-        table: the table.
-        row_ids: `[num_ids]` int32, the number of the table's rows or more for none.
-        gradients: `[num_ids, output_dim]`.
-        optimizer: what changes the rows.
+        table: the table and its slots.
+        row_ids: `[num_ids]` int32. Ids that are not less than the number of rows are ignored.
+        gradients: `[num_ids, output_dim]` float.
+        optimizer: the row optimizer.
         learning_rate: float32 scalar.
         step: float32 scalar.
     """
@@ -192,7 +197,7 @@ def _with_rows_updated(
     gradients = (
         jnp.zeros(gradients.shape, "float32").at[place].add(gradients[order].astype("float32"), indices_are_sorted=True)
     )
-    # Each row once and ascending, then places out of range that differ, so that JAX may rely on both.
+    # Unique, ascending row ids, followed by unique ids out of range: the scatters below rely on both properties.
     unique_ids = (num_rows + jnp.arange(num_ids, dtype="int32")).at[place].set(sorted_ids, indices_are_sorted=True)
 
     def rows_of(array: Any) -> Any:
@@ -217,11 +222,11 @@ def _with_rows_updated(
 
 
 def _local_ids(row_ids: Any, num_rows: int, row_axis: str) -> Any:
-    """Returns the ids as counted in this device's `num_rows` rows, `num_rows` where it has none."""
+    """Returns ids relative to the first of this device's `num_rows` rows; `num_rows` for rows of other devices."""
     local = row_ids - jax.lax.axis_index(row_axis) * num_rows
     return jnp.where((local >= 0) & (local < num_rows), local, num_rows)
 
 
 def _ids_axis(row_ids: Any, layout: TableLayout) -> str | None:
-    """Returns the mesh axis that splits the ids of a batch, `None` where they do not divide."""
+    """Returns the mesh axis that splits the ids, or `None` if their number is not divisible by its size."""
     return None if row_ids.shape[0] % layout.num_batch_shards else layout.batch_axis

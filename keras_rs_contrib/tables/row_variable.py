@@ -1,4 +1,4 @@
-"""Variables that a Keras optimizer overwrites with their gradient, and what must not be done to them."""
+"""Variables that Keras optimizers overwrite with their gradient, and checks that each gradient is a valid update."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ except ImportError:  # JAX 0.9 and older.
 
 
 class RowUpdate:
-    """The update of one table that a training step computes, shared by the table and its slots.
+    """The update of one table in a training step, shared by the table and its slots.
 
-    Keras's optimizers assign the gradient of these variables in place of their value. If the loss does not depend on a
-    lookup, that gradient is zeros. So each update is noted when a lookup computes it, and is assigned once.
+    Keras optimizers overwrite these variables with their gradient. If the loss does not depend on a lookup, that
+    gradient is zero, and would erase the table. A lookup therefore records each update that it computes, and a variable
+    accepts each update once.
 
     Attributes:
         trace: the JAX trace that computes the update, or `None`.
-        assigned: ids of the variables that have their update.
+        assigned: `id` of each variable that has received the update.
     """
 
     def __init__(self) -> None:
@@ -37,71 +38,77 @@ class RowUpdate:
         return RowUpdate()
 
     def note(self) -> None:
-        """Notes that the current JAX trace computes an update."""
+        """Records that the current JAX trace computes an update."""
         self.trace, self.assigned = _current_trace(), set()
 
     def take(self, variable: keras.Variable) -> None:
-        """Raises `ValueError` if no lookup in this trace has computed an update for `variable`."""
+        """Marks the update of a variable as assigned.
+
+        Args:
+            variable: the table or one of its slots.
+
+        Raises:
+            ValueError: if no lookup in the current trace has computed an update, or if `variable` already has it.
+        """
         if self.trace is None or self.trace != _current_trace() or id(variable) in self.assigned:
             raise ValueError(
                 "The loss of a training step must depend on a lookup in each trainable `RowSparseEmbedding`, and "
                 "gradients must be applied in the same (compiled) function that computes them. Received: a new value "
-                f"for {variable.path!r} from a step whose loss depends on no lookup of it, or on one within `jax.vmap` "
-                "or `keras.ops.vectorized_map`. Look up all ids at once; set `trainable = False` if a model does not "
-                "train the table, and compile the model again."
+                f"for {variable.path!r} that no lookup has computed. The loss does not depend on a lookup in this "
+                "table, or the lookup is inside `jax.vmap` or `keras.ops.vectorized_map`. Look up all ids in one call. "
+                "If the model does not train the table, set `trainable = False` and compile the model again."
             )
         self.assigned.add(id(variable))
 
 
 class RowSparseVariable(keras.Variable):  # type: ignore[misc]
-    """A variable whose rows change by lookups alone: a table, or a slot of its row optimizer.
+    """A variable that only lookups update: a table, or a slot of its row optimizer.
 
-    Its gradient is its next value, as a lookup computes it (`row_update.look_up`). Whatever would compute another
-    gradient is an error.
+    The gradient is the next value, which `row_update.look_up` computes. Any other gradient is an error.
 
     Attributes:
-        update: the update that the table and its slots share.
+        update: the `RowUpdate` that the table and its slots share.
     """
 
     update: RowUpdate
 
     @property
     def overwrite_with_gradient(self) -> bool:
-        """`True`: optimizers assign the gradient. They read this property, which is the place to check them."""
+        """`True`: optimizers assign the gradient. Each optimizer that reads this property is checked."""
         for optimizer in _optimizers_on_the_stack():
             check_optimizer(optimizer, self.path)
         return True
 
     def assign(self, value: Any) -> Any:
-        """Assigns a value. What an optimizer assigns must be the update of a lookup."""
+        """Assigns a value. An optimizer must assign the update that a lookup has computed."""
         if _is_called_by_an_optimizer():
             self.update.take(self)
         return super().assign(value)
 
 
 class RowSparseTable(RowSparseVariable):
-    """The table itself.
+    """The embedding table.
 
     Attributes:
-        slots: what its optimizer keeps for each row.
+        slots: the slots of the row optimizer, each with one row for each row of the table.
     """
 
     slots: tuple[keras.Variable, ...] = ()
 
     @property
     def value(self) -> Any:
-        """The tensor, through which no gradient may flow."""
+        """The tensor. In a JAX trace, a gradient through it is an error."""
         value = super().value
         return constant(value, self.path) if isinstance(value, jax.core.Tracer) else value
 
     @property
     def value_for_lookup(self) -> Any:
-        """The tensor, as the trainer passes it in."""
+        """The tensor as the trainer passes it, for lookups only."""
         return super().value
 
     @property
     def trainable(self) -> bool:
-        """Whether rows are trained. The slots follow."""
+        """Whether the rows are trained. Setting it also sets the slots."""
         return bool(super().trainable)
 
     @trainable.setter
@@ -111,7 +118,7 @@ class RowSparseTable(RowSparseVariable):
 
 
 def tie(table: RowSparseTable, slots: tuple[RowSparseVariable, ...]) -> None:
-    """Ties a table to its slots: they share updates, and are trainable together."""
+    """Links a table and its slots, so that they share their updates and `trainable`."""
     update = RowUpdate()
     for variable in (table, *slots):
         variable.update = update
@@ -119,22 +126,23 @@ def tie(table: RowSparseTable, slots: tuple[RowSparseVariable, ...]) -> None:
 
 
 def check_optimizer(optimizer: keras.optimizers.Optimizer, table: str) -> None:
-    """Raises `ValueError` if an optimizer does to gradients what next values do not survive.
+    """Raises `ValueError` if an optimizer accumulates or scales gradients, or averages weights.
 
     Args:
         optimizer: the optimizer of a model.
-        table: path of a row-sparse table of the model.
+        table: path of a row-sparse table of the model, for error messages.
     """
     fixes = {
-        "gradient_accumulation_steps": "Train with larger batches: the cost of a step follows its batch.",
+        "gradient_accumulation_steps": "Train with larger batches: the cost of a step depends only on the batch.",
         "use_ema": "Leave it out: a moving average would process the whole table in each step.",
-        "loss_scale_factor": 'Leave it out; the dtype policy "mixed_bfloat16" needs none.',
+        "loss_scale_factor": 'Leave it out. The dtype policy "mixed_bfloat16" does not need loss scaling.',
     }
     for name, fix in fixes.items():
         if getattr(optimizer, name, None):
             raise ValueError(
-                "The optimizer of a model with a `RowSparseEmbedding`, whose rows have their own optimizer, must "
-                f"leave gradients as they are. Received: {name}={getattr(optimizer, name)!r} for {table!r}. {fix}"
+                "The optimizer of a model with a `RowSparseEmbedding`, whose rows have their own optimizer, must not "
+                "accumulate or scale gradients, or average weights. "
+                f"Received: {name}={getattr(optimizer, name)!r} for {table!r}. {fix}"
             )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
@@ -148,13 +156,13 @@ def _current_trace() -> Any:
     return get_opaque_trace_state(convention="flax")
 
 
-# Keras has no hook by which a variable could refuse an optimizer, and an assignment does not say who makes it. A value
-# that a user assigns is not to be checked, and so the callers are looked at.
+# Keras has no hook for a variable to reject an optimizer, and `assign` does not know its caller. Values that users
+# assign need no check, so the functions below inspect the call stack.
 
 
 def _is_called_by_an_optimizer() -> bool:
     callers = _callers(sys._getframe(1))
-    next(callers)  # What has called this function.
+    next(callers)  # Skips `assign`, which calls this function.
     caller = next(callers, None)
     return caller is not None and isinstance(caller.f_locals.get("self"), keras.optimizers.Optimizer)
 

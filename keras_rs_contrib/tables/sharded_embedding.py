@@ -1,4 +1,4 @@
-"""An embedding whose rows may be split over a mesh axis, whatever their number."""
+"""An embedding whose rows can be split over a mesh axis, for any number of rows."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ TABLES = ("embeddings", "lora_embeddings_a")
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
-    """`keras.layers.Embedding` with rows split over one axis of the mesh in force.
+    """A `keras.layers.Embedding` whose rows are split over one axis of the mesh in force.
 
-    JAX splits only what divides. The table therefore has padding rows: `ceil(input_dim / row_multiple) * row_multiple`
-    rows in all, the same on every mesh and on a single device, so that optimizer slots have one shape everywhere. Padding
-    rows are zeros that are never looked up, trained, retrieved or saved. A file loads on any mesh, optimizer state
-    included, and a plain `keras.layers.Embedding` can load it, and vice versa.
+    JAX splits an array only if its size is divisible by the number of devices. The table therefore has padding rows. It
+    has `ceil(input_dim / row_multiple) * row_multiple` rows on every mesh and on a single device, so optimizer slots
+    have the same shape everywhere. Padding rows are zeros. They are never looked up, trained, retrieved or saved. A
+    file loads on any mesh, with its optimizer state. A plain `keras.layers.Embedding` can load it, and vice versa.
 
-    `embeddings.shape` and `get_weights()` include the padding rows. Slice operations on the whole table:
-    `embeddings[:input_dim]`.
+    `embeddings.shape` and `get_weights()` include the padding rows. Use `embeddings[:input_dim]` in operations on the
+    whole table.
 
     Args:
         input_dim: positive int, the number of ids.
         output_dim: positive int, the size of an embedding.
-        mesh_axis: the axis of the mesh in force over which the rows are split. `None` follows the layout map of
-            `keras.distribution.ModelParallel`. The table stays whole without a distribution, and on a mesh without
-            that axis, as may happen when a model is loaded.
-        row_multiple: positive int; the number of devices along `mesh_axis` must divide it. The default is divisible by
-            1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. 1 pads nothing.
-        **kwargs: arguments of `keras.layers.Embedding`.
+        mesh_axis: axis of the mesh in force that splits the rows. `None` follows the layout map of
+            `keras.distribution.ModelParallel`. Without a distribution, or if a model is loaded on a mesh without this
+            axis, each device holds the whole table.
+        row_multiple: positive int, divisible by the number of devices along `mesh_axis`. The default is divisible by
+            1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. Pass 1 for no padding.
+        **kwargs: other arguments of `keras.layers.Embedding`.
 
     Raises:
-        ValueError: if an argument is out of range, or, when built, if the padded rows do not divide over the axis.
+        ValueError: if an argument is out of range. `build` raises it if the number of padded rows is not divisible by
+            the size of the mesh axis.
 
     Example:
     ```python
@@ -47,6 +48,9 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
     embeddings = tower(np.array([0, 1682]))
     ```
     """
+
+    # Declared for type checkers: Keras is not typed.
+    trainable: bool
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         self._assign_weights(weights)
 
     def _assign_weights(self, weights: Any) -> None:
-        """Builds the layer with the values of its table, if there are any."""
+        """Builds the layer with the given table. Does nothing if `weights` is `None`."""
         if weights is None:
             return
         table = weights[0] if isinstance(weights, list) and len(weights) == 1 else weights
@@ -79,7 +83,7 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
 
     @property
     def num_padded_rows(self) -> int:
-        """The number of rows of the table, padding included."""
+        """The number of rows of the table, including padding."""
         return padded_rows(self.input_dim, self.row_multiple)
 
     def build(self, input_shape: Any = None) -> None:
@@ -93,12 +97,12 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         self._freeze_new_weights()
 
     def _freeze_new_weights(self) -> None:
-        # Keras freezes the weights of a frozen layer when it adds them, and when `trainable` is set.
+        # Keras freezes weights in `add_weight`, which tables bypass, and when `trainable` is set.
         if not self.trainable:
             self.trainable = False
 
     def add_weight(self, *args: Any, shape: Any = None, name: str | None = None, **kwargs: Any) -> keras.Variable:
-        """Adds a weight, as in `keras.layers.Layer`, padded and laid out if it has one row for each id."""
+        """Adds a weight, as in `keras.layers.Layer`. A weight with one row for each id is padded and laid out."""
         if name not in TABLES:
             return super().add_weight(*args, shape=shape, name=name, **kwargs)
         return self._add_table(name, shape, **kwargs)
@@ -110,7 +114,8 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
     def call(self, inputs: Any) -> Any:
         """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
         if self.num_padded_rows != self.input_dim:
-            # As in a plain embedding, negative ids count from the last row, and ids out of range have no row.
+            # As in a plain embedding, negative ids count from the last row without padding. Ids of padding rows are out
+            # of range.
             inputs = ops.cast(inputs, "int32")
             inputs = ops.where(ops.less(inputs, 0), ops.add(inputs, self.input_dim), inputs)
             in_range = ops.logical_and(ops.greater_equal(inputs, 0), ops.less(inputs, self.input_dim))
@@ -122,7 +127,7 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         super().save_own_variables(self._unpadded(store))
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the weights that a `ShardedEmbedding` or a plain `keras.layers.Embedding` has saved."""
+        """Loads the saved weights of a `ShardedEmbedding` or a plain `keras.layers.Embedding`."""
         super().load_own_variables(self._unpadded(store))
 
     def _unpadded(self, store: Any) -> UnpaddedStore:
@@ -134,7 +139,7 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ShardedEmbedding:
-        """Returns the layer that `get_config` describes."""
-        # Files of version 0.1 name no multiple: their tables, and the optimizer slots beside them, have no padding.
+        """Creates a layer from its config."""
+        # Files of version 0.1 have no `row_multiple`: their tables and optimizer slots have no padding.
         embedding: ShardedEmbedding = super().from_config({"row_multiple": 1, **config})
         return embedding

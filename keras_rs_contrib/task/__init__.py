@@ -1,1 +1,1 @@
-"""The retrieval task: from embeddings to a loss."""
+"""The retrieval task: computes a loss from query and candidate embeddings."""

@@ -1,8 +1,9 @@
-"""The softmax over a batch: its logits, and its loss without ever holding them all.
+"""The in-batch softmax: its logits, and a streamed loss that never stores the full logit matrix.
 
-A row of logits is of use to its own loss alone, and the loss is linear in the rows. So a block of queries is scored
-with all the candidates, its loss and its share of all gradients are taken at once, and its logits are forgotten. That
-is three matrix products in all, as many as with all the logits at hand; a second pass over the blocks would take four.
+The loss is a sum over queries, and each query needs only its own row of logits. The streamed loss therefore processes
+the queries in blocks. For each block it computes the logits, their loss and their contribution to every gradient, and
+then discards the logits. This takes three matrix products, as many as with the full logit matrix in memory. A separate
+backward pass would compute the logits again and take four.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from keras_rs_contrib.scores import score_matrix
 from keras_rs_contrib.task import logits as batch_logits
 from keras_rs_contrib.task import losses
 
-# From how many logits a device on it is faster not to hold them all: found on CPUs, where 1,024 queries and candidates
-# cost the same either way, and 2,048 take three quarters of the time.
+# Streaming starts at this many logits per device. Measured on CPUs: with 1,024 queries and 1,024 candidates, streaming
+# is as fast as the full matrix; with 2,048 of each, it takes 75% of the time.
 MIN_STREAMED_LOGITS = 2**22
 
-# How many logits a block has: 8 MiB of them. Four times as many are no faster, and take four times the memory.
+# Logits per block: 8 MiB in float32. A block four times as large takes four times the memory, without a speedup.
 BLOCK_LOGITS = 2**21
 
-# So that with very many candidates the products are still of matrices.
+# Keeps the products matrix-matrix (not matrix-vector) when there are very many candidates.
 MIN_BLOCK_QUERIES = 8
 
 
 class BatchQueries(NamedTuple):
-    """What is known of each query of a batch; `None` where it is not given.
+    """The queries of a batch. A field that is not given is `None`.
 
     Attributes:
         embeddings: `[num_queries, embedding_dim]` or `[num_queries, num_heads, embedding_dim]` float32.
@@ -52,7 +53,7 @@ class BatchQueries(NamedTuple):
 
 
 class BatchCandidates(NamedTuple):
-    """What is known of each candidate of a batch; `None` where it is not given.
+    """The candidates of a batch. A field that is not given is `None`.
 
     Attributes:
         embeddings: `[num_candidates, embedding_dim]` float32.
@@ -69,15 +70,16 @@ class BatchCandidates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InBatchSoftmax:
-    """How the logits of a batch come about, and who are its negatives.
+    """Configuration of the in-batch softmax: how to compute the logits, and which candidates are negatives.
 
     Attributes:
-        temperature: divides the scores, or `None`.
-        remove_accidental_hits: whether negatives with the id of the query's positive are left out.
-        num_hard_negatives: how many negatives are kept, or `None` for all.
-        split: how the queries lie on the devices, or `None` where each device computes the whole batch.
-        is_local: whether only candidates of the query's own part of the split, and the extra ones, are negatives.
-        block_logits: about how many logits are held at once.
+        temperature: float that divides the scores, or `None` for 1.
+        remove_accidental_hits: bool, whether to mask negatives that have the id of the query's positive.
+        num_hard_negatives: int, number of negatives to keep for each query, or `None` for all.
+        split: `BatchSplit` of the queries over the devices, or `None` if each device computes the whole batch.
+        is_local: bool, whether the negatives of a query are only the candidates of its part of the split and the extra
+            negatives.
+        block_logits: int, approximate number of logits in memory at a time.
     """
 
     temperature: float | None
@@ -88,9 +90,9 @@ class InBatchSoftmax:
     block_logits: int = dataclasses.field(default_factory=lambda: BLOCK_LOGITS)
 
     def streams(self, num_queries: Any, num_candidates: Any) -> bool:
-        """Returns whether the loss of so many queries and candidates is faster without holding all the logits.
+        """Returns whether the batch is large enough for streaming to be faster.
 
-        Sizes that are no numbers, as where Keras traces a model, are taken for small ones.
+        Returns False on backends other than JAX, and for unknown sizes, as in symbolic tracing by Keras.
         """
         if keras.backend.backend() != "jax" or not isinstance(num_queries, int) or not isinstance(num_candidates, int):
             return False
@@ -100,11 +102,12 @@ class InBatchSoftmax:
         return bool(num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS)
 
     def logits(self, queries: BatchQueries, candidates: BatchCandidates) -> tuple[Any, Any]:
-        """Returns the logits of a batch and the one-hot labels, all in memory.
+        """Returns the full logit matrix of a batch and its one-hot labels.
 
         Returns:
-            Both `[num_queries, num_candidates]` float32; with local negatives, a column for each candidate of the part
-            and each extra one.
+            Logits and labels, both `[num_queries, num_candidates]` float32. Local negatives leave one column for each
+            candidate of the query's part and for each extra negative. `num_hard_negatives` leaves the positive and
+            that many negatives.
         """
         if self.split is None or not self.is_local:
             return self._logits(queries, candidates)
@@ -120,21 +123,23 @@ class InBatchSoftmax:
         )
 
     def total_loss(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
-        """Returns the sum of the valid rows' weighted cross-entropies, holding `block_logits` logits at once.
+        """Returns the weighted sum of the cross-entropies of the valid rows, with `block_logits` logits in memory.
 
-        The JAX backend alone has it.
+        Formula: `sum(sample_weight[i] * cross_entropy(labels[i], logits[i]))` over the valid queries `i`.
+
+        Requires the JAX backend.
 
         Returns:
             Scalar float32, differentiable once, in reverse mode.
         """
-        # Compiled as a whole, for a loss that is called eagerly would compile its loop at each call.
+        # Compiled as a whole: in eager mode, every call would compile the loop again.
         is_split = self.split is not None and self.is_local
         parts = _own_and_extra(queries, candidates) if is_split else (candidates,)
         return _compiled_total_loss(self, queries, parts)
 
     def _logits(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any = 0) -> tuple[Any, Any]:
-        """Returns logits and labels of the queries from `first_query` on; query i has candidate i as its positive."""
-        # Both sides are comparable already: a block would normalise all candidates anew.
+        """Returns logits and labels of a block of queries. The positive of row `i` is candidate `first_query + i`."""
+        # The caller has already normalized both sides: here, every block would normalize all candidates again.
         logits = score_matrix(queries.embeddings, candidates.embeddings, "dot")
         labels = batch_logits.positive_labels(logits, first_query)
         if self.temperature is not None:
@@ -155,7 +160,7 @@ class InBatchSoftmax:
     def _own_part(
         self, queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates
     ) -> tuple[BatchQueries, BatchCandidates]:
-        """Returns the batch of one replica, on which it is a column's number that says whose positive it is."""
+        """Returns the part of the batch on this replica, in which candidate `i` is the positive of query `i`."""
         assert self.split is not None
         if queries.score_mask is not None:
             num_own = own.embeddings.shape[0]
@@ -191,7 +196,7 @@ class InBatchSoftmax:
     def _in_blocks(
         self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any, with_gradients: bool
     ) -> Any:
-        """Returns the total loss of the queries, block by block, and, where asked for, its gradients."""
+        """Returns the total loss of the queries, computed block by block, and optionally its gradients."""
         function = self._rows_loss_and_gradients if with_gradients else self._rows_loss
         num_queries = queries.embeddings.shape[0]
         num_heads = 1 if queries.embeddings.ndim == 2 else queries.embeddings.shape[1]
@@ -203,7 +208,7 @@ class InBatchSoftmax:
         valid = jnp.ones(num_queries, bool) if queries.valid is None else queries.valid
 
         def step(so_far: Any, number: Any) -> tuple[Any, None]:
-            # The last block begins early rather than to end late: rows that had their turn are no longer valid.
+            # All blocks have the same size, so the last one may overlap the one before: its repeated rows are masked.
             start = jnp.minimum(number * block, num_queries - block)
             rows = jax.tree.map(
                 lambda array: lax.dynamic_slice_in_dim(array, start, block), queries._replace(valid=valid)
@@ -229,13 +234,13 @@ class InBatchSoftmax:
         return lax.scan(step, zero, jnp.arange(num_blocks))[0]
 
     def _on_replicas(self, queries: BatchQueries, parts: tuple[BatchCandidates, ...], with_gradients: bool) -> Any:
-        """Returns the total loss, each replica computing that of its own queries, and, if asked for, its gradients.
+        """Returns the total loss, and optionally its gradients. Each replica computes the loss of its own queries.
 
         Args:
-            queries: the batch.
-            parts: all the candidates, or, with local negatives on several replicas, those of the batch and the extra
-                ones. One array of both would not lie on the replicas as the queries do.
-            with_gradients: whether they are asked for.
+            queries: the queries of the whole batch.
+            parts: all candidates as one part, or, with local negatives on several replicas, two parts: the candidates
+                of the batch, which are split like the queries, and the extra negatives, which are replicated.
+            with_gradients: bool, whether to also return the gradients.
         """
         if self.split is None:
             result = self._in_blocks(queries, parts[0], 0, with_gradients)
@@ -265,7 +270,7 @@ class InBatchSoftmax:
             mesh=self.split.mesh,
             in_specs=(rows, *specs),
             out_specs=(whole, (rows, specs)) if with_gradients else whole,
-            # The gradients are written out, so that JAX has no need to know what is the same on all devices.
+            # The gradients are explicit, so JAX does not need to track which values are equal on all devices.
             check_vma=False,
         )(queries, *parts)
 
@@ -282,7 +287,7 @@ def _total_loss(softmax: InBatchSoftmax, queries: BatchQueries, parts: tuple[Bat
 
 
 def _forward(softmax: InBatchSoftmax, queries: BatchQueries, parts: tuple[BatchCandidates, ...]) -> tuple[Any, Any]:
-    # Of a scalar, so that what is left for the backward pass is one factor.
+    # The loss is a scalar, so the backward pass only multiplies these gradients by one factor.
     result: tuple[Any, Any] = softmax._on_replicas(queries, parts, with_gradients=True)
     return result
 

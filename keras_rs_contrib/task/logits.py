@@ -1,4 +1,4 @@
-"""What is done to the logits of in-batch negatives: pure functions of arrays."""
+"""Labels, corrections and masks of in-batch softmax logits: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-# The logit of a candidate that is out of the running. Low enough that its softmax weight is exactly 0, and finite, so
-# that a row that weighs nothing contributes 0 and not NaN. The value is the one TFRS uses: a loss of the caller's own
-# sees the same logits.
+# The logit of a masked candidate. It is low enough for a softmax weight of exactly 0, and finite, so that a row with
+# weight 0 contributes 0 and not NaN. TFRS uses the same value, so a custom loss sees the same logits.
 MASKED = float(np.finfo(np.float32).min) / 100.0
 
-# Where TFRS and Keras RS clip sampling probabilities, to keep the logarithm finite.
+# TFRS and Keras RS clip sampling probabilities to this minimum to keep the logarithm finite.
 MIN_SAMPLING_PROBABILITY = 1e-6
 
 
 def positive_labels(logits: Any, first_query: Any = 0) -> Any:
-    """Returns the one-hot labels of in-batch softmax: candidate i is the positive of query i.
+    """Returns the one-hot labels of in-batch softmax: candidate i of the batch is the positive of query i.
+
+    Formula: `labels[i, j] = 1 if j == first_query + i else 0`.
 
     Args:
         logits: `[num_queries, num_candidates]` float scores of consecutive queries of a batch.
-        first_query: int, the first one's place in the batch.
+        first_query: int, position in the batch of the first of these queries.
 
     Returns:
-        `[num_queries, num_candidates]` float32, 1 where query and candidate have the same place and 0 elsewhere.
+        `[num_queries, num_candidates]` float32.
     """
     num_queries, num_candidates = ops.shape(logits)
     queries = ops.expand_dims(ops.add(ops.arange(num_queries, dtype="int32"), first_query), 1)
@@ -35,9 +36,11 @@ def positive_labels(logits: Any, first_query: Any = 0) -> Any:
 def subtract_log_probability(logits: Any, candidate_sampling_probability: Any) -> Any:
     """Subtracts the log sampling probability from each candidate's logit.
 
+    Formula: `logit[i, j] - log(clip(p[j], 1e-6, 1))`.
+
     Args:
         logits: `[num_queries, num_candidates]` float32 scores.
-        candidate_sampling_probability: `[num_candidates]` float, clipped to [1e-6, 1] as TFRS and Keras RS do.
+        candidate_sampling_probability: `[num_candidates]` float, clipped to [1e-6, 1] as in TFRS and Keras RS.
 
     Returns:
         Corrected logits, shape and dtype of `logits`.
@@ -49,15 +52,17 @@ def subtract_log_probability(logits: Any, candidate_sampling_probability: Any) -
 
 
 def accidental_hits(labels: Any, candidate_ids: Any, first_query: Any = 0) -> Any:
-    """Returns where a negative is the query's own positive candidate once more.
+    """Returns which negatives have the id of the query's positive.
+
+    Formula: `hits[i, j] = (ids[j] == ids[first_query + i]) and (labels[i, j] == 0)`.
 
     Args:
-        labels: `[num_queries, num_candidates]`, the one-hot labels of `positive_labels`.
-        candidate_ids: `[num_candidates]` integer ids; row i is the id of the positive of the batch's query i.
-        first_query: int, the place in the batch of the first query.
+        labels: `[num_queries, num_candidates]` float32, the one-hot labels that `positive_labels` returns.
+        candidate_ids: `[num_candidates]` int ids; row i is the id of the positive of query i of the batch.
+        first_query: int, position in the batch of the first of these queries.
 
     Returns:
-        `[num_queries, num_candidates]` bool, False on the positives themselves.
+        `[num_queries, num_candidates]` bool, False for the positives themselves.
     """
     positive_ids = ops.slice(candidate_ids, [first_query], [ops.shape(labels)[0]])
     same_id = ops.equal(ops.expand_dims(positive_ids, 1), ops.expand_dims(candidate_ids, 0))
@@ -65,11 +70,13 @@ def accidental_hits(labels: Any, candidate_ids: Any, first_query: Any = 0) -> An
 
 
 def mask_logits(logits: Any, keep: Any) -> Any:
-    """Returns the logits with those outside `keep` set to `MASKED`.
+    """Sets the logits to `MASKED` where `keep` is False.
+
+    Formula: `logit[i, j] if keep[i, j] else MASKED`.
 
     Args:
         logits: `[num_queries, num_candidates]` float32 scores.
-        keep: bool, of a shape that broadcasts to that of `logits`.
+        keep: bool, broadcastable to the shape of `logits`.
 
     Returns:
         Masked logits, shape and dtype of `logits`.
@@ -78,17 +85,18 @@ def mask_logits(logits: Any, keep: Any) -> Any:
 
 
 def hardest_negatives(logits: Any, labels: Any, num_hard_negatives: int) -> tuple[Any, Any]:
-    """Returns each query's positive and the `num_hard_negatives` negatives with the largest logits.
+    """Returns the logits and labels of each query's positive and of its negatives with the largest logits.
 
-    A positive that is masked itself has no claim to its place: as in TFRS, it competes as if its logit were 0.
+    A masked positive has no guaranteed column: as in TFRS, it competes with the negatives as if its logit were 0.
 
     Args:
         logits: `[num_queries, num_candidates]` float32 scores.
         labels: `[num_queries, num_candidates]` one-hot float32.
-        num_hard_negatives: how many negatives to keep; all of them where there are fewer.
+        num_hard_negatives: int, number of negatives to keep; all of them if there are fewer.
 
     Returns:
-        The logits and the labels, both `[num_queries, 1 + kept negatives]`, the positive first.
+        Logits and labels, both `[num_queries, min(1 + num_hard_negatives, num_candidates)]` float32, the positive
+        first.
     """
     positive_place = ops.where(ops.greater(logits, MASKED), float("inf"), 0.0)
     order = ops.where(ops.greater(labels, 0.0), positive_place, logits)

@@ -1,4 +1,4 @@
-"""Losses on logits: pure functions of arrays."""
+"""Losses of logits, and their sums and means over valid rows: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from keras import ops
 def softmax_cross_entropy(labels: Any, logits: Any) -> Any:
     """Returns each row's cross-entropy between one-hot labels and the softmax of the logits.
 
+    Formula: `loss[i] = log(sum over j of exp(logits[i, j])) - logits[i, p]`, where `labels[i, p] = 1`.
+
     Args:
-        labels: `[batch, num_candidates]` one-hot float32, or zeros in a row without a positive.
+        labels: `[batch, num_candidates]` one-hot float32; a row without a positive is all zeros.
         logits: `[batch, num_candidates]` float32.
 
     Returns:
         `[batch]` float32, in nats; 0 for a row without a positive.
     """
-    # The softmax is shifted by the largest logit: a difference of two large numbers would lose a small loss's digits.
+    # `log_softmax` subtracts the largest logit first. The formula as written is a difference of two large numbers, in
+    # which a small loss loses its digits.
     log_probability = ops.where(ops.greater(labels, 0.0), ops.log_softmax(logits, axis=1), 0.0)
     return ops.negative(ops.sum(log_probability, axis=1))
 
 
 def softmax_cross_entropy_and_gradient(labels: Any, logits: Any) -> tuple[Any, Any]:
-    """Returns what `softmax_cross_entropy` does, and each row's gradient with respect to its logits.
+    """Returns the result of `softmax_cross_entropy` and each row's gradient with respect to its logits.
 
-    Written out, it takes a fifth of the time off that of automatic differentiation, which computes exponentials twice.
+    Formula: `gradient[i, j] = softmax(logits[i])[j] - labels[i, j]`, or 0 in a row without a positive.
+
+    This takes 20% less time than automatic differentiation, which computes the exponentials twice.
 
     Args:
-        labels: as for `softmax_cross_entropy`.
-        logits: likewise.
+        labels: `[batch, num_candidates]` one-hot float32; a row without a positive is all zeros.
+        logits: `[batch, num_candidates]` float32.
 
     Returns:
-        `[batch]` and `[batch, num_candidates]`, both float32.
+        The `[batch]` losses and the `[batch, num_candidates]` gradients, both float32.
     """
     largest = ops.max(logits, axis=1, keepdims=True)
     exponentials = ops.exp(ops.subtract(logits, largest))
     normalizer = ops.sum(exponentials, axis=1, keepdims=True)
     is_positive = ops.greater(labels, 0.0)
-    # As there, a difference from the largest logit comes first.
+    # As in `softmax_cross_entropy`, the largest logit is subtracted first.
     below_largest = ops.sum(ops.where(is_positive, ops.subtract(largest, logits), 0.0), axis=1, keepdims=True)
     has_positive = ops.sum(labels, axis=1, keepdims=True)
     values = ops.add(below_largest, ops.multiply(has_positive, ops.log(normalizer)))
@@ -47,7 +52,9 @@ def softmax_cross_entropy_and_gradient(labels: Any, logits: Any) -> tuple[Any, A
 
 
 def sum_over_valid_rows(values: Any, sample_weight: Any = None, valid: Any = None) -> Any:
-    """Returns the weighted sum of the values.
+    """Returns the weighted sum of the values of the valid rows.
+
+    Formula: `sum(values[i] * sample_weight[i])` over the valid rows `i`.
 
     Args:
         values: `[batch]` float32.
@@ -63,10 +70,12 @@ def sum_over_valid_rows(values: Any, sample_weight: Any = None, valid: Any = Non
 
 
 def count_of_valid_rows(num_rows: Any, valid: Any = None) -> Any:
-    """Returns how many of the rows are valid, at least 1, so that it may divide.
+    """Returns the number of valid rows, or 1 if there are none, so that it can be a denominator.
+
+    Formula: `max(sum(valid), 1)`.
 
     Args:
-        num_rows: how many there are in all.
+        num_rows: int, number of all rows.
         valid: `[num_rows]` bool, or `None` for all.
 
     Returns:
@@ -77,9 +86,10 @@ def count_of_valid_rows(num_rows: Any, valid: Any = None) -> Any:
 
 
 def mean_over_valid_rows(values: Any, sample_weight: Any = None, valid: Any = None) -> Any:
-    """Returns the weighted sum of the values over the number of valid rows.
+    """Returns the weighted sum of the values of the valid rows, divided by the number of valid rows.
 
-    The weights are not in the denominator, as with `"sum_over_batch_size"` in `keras.losses`.
+    Formula: `sum(values[i] * sample_weight[i]) / max(num_valid, 1)`, summed over the valid rows `i`. The weights do not
+    enter the denominator, as with `"sum_over_batch_size"` in `keras.losses`.
 
     Args:
         values: `[batch]` float32.
@@ -87,7 +97,7 @@ def mean_over_valid_rows(values: Any, sample_weight: Any = None, valid: Any = No
         valid: `[batch]` bool, or `None` for all.
 
     Returns:
-        Scalar float32; 0 where no row is valid.
+        Scalar float32; 0 if there are no valid rows.
     """
     total = sum_over_valid_rows(values, sample_weight, valid)
     return ops.divide(total, count_of_valid_rows(ops.shape(values)[0], valid))

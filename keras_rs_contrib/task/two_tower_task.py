@@ -1,4 +1,4 @@
-"""The retrieval task: query and candidate embeddings in, loss out."""
+"""The retrieval task: a layer that computes a loss from query and candidate embeddings."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ NEGATIVES = ("global", "local")
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[misc]
-    """The retrieval task of a two-tower model: a drop-in counterpart of `tfrs.tasks.Retrieval`.
+    """The retrieval task of a two-tower model, a drop-in counterpart of `tfrs.tasks.Retrieval`.
 
-    The layer owns no towers and no weights. Row i of the query embeddings and row i of the candidate embeddings are a
-    positive pair. Without `labels`, the loss is a softmax over the batch, in which every other candidate is a negative;
-    with `labels`, each pair's score is compared with its label. Under a `keras.distribution` the batch is the global
-    one: a query on one device has the candidates of all devices as negatives, and loss and gradients are those of a
-    single device.
+    The layer has no towers and no weights. Row i of the query embeddings and row i of the candidate embeddings are a
+    positive pair. Without `labels`, the loss is an in-batch softmax: all other candidates are negatives. With `labels`,
+    the loss compares each pair's score with its label. Under a `keras.distribution`, the batch is the global batch: a
+    query on one device has the candidates of all devices as negatives, and loss and gradients equal those of a single
+    device.
 
-    The steps of the softmax, each left out where its argument is not given: scores, `temperature`, log-q correction by
-    `candidate_sampling_probability`, accidental hits, `score_mask`, hard negatives, loss. They are those of TFRS, in
-    its order. What differs is the default loss, which is the mean over the valid rows and not the sum.
+    The softmax loss has the steps of TFRS in the same order: scores, `temperature`, log-q correction with
+    `candidate_sampling_probability`, accidental hits, `score_mask`, hard negatives, loss. A step is skipped if its
+    argument is not given. The default loss is the mean over the valid rows; that of TFRS is the sum.
 
-    From about 2,048 queries and as many candidates a device on, the default softmax does not hold the
-    `[batch, num_candidates]` logits: it scores a block of queries at a time, with the gradients at once, in a tenth of
-    the memory or less. The values are the same. A `loss` of the caller's own gets all the logits, in memory, as does
-    any loss on another backend than JAX. Streamed gradients cannot be differentiated again.
+    From about 2,048 queries and 2,048 candidates per device, the default softmax loss is streamed: it processes the
+    queries in blocks, computes loss and gradients together, and does not store the `[batch, num_candidates]` logits.
+    The values are the same, and the memory is at most a tenth. A streamed loss can be differentiated only once. A
+    custom `loss`, and every loss on a backend other than JAX, gets the full logits.
 
     Args:
-        loss: a `keras.losses.Loss` of (one-hot labels, logits), or of (labels, scores), both `[batch, 1]`, where
-            `labels` are given. Its reduction is respected; without a reduction the result is `[batch]`. `None` is
-            softmax cross-entropy, or mean squared error with `labels`, averaged over the valid rows.
-        similarity: `"dot"`, or `"cosine"` to L2-normalise both sides before scoring.
-        temperature: positive number that divides the scores, or `None` for 1.
-        num_hard_negatives: positive int; only this many negatives with the largest logits are kept for each query.
+        loss: `keras.losses.Loss` of one-hot labels and logits, or, with `labels`, of labels and scores, both
+            `[batch, 1]`. Its reduction is respected; without a reduction, the result is `[batch]`. `None` means softmax
+            cross-entropy, or mean squared error with `labels`, averaged over the valid rows.
+        similarity: `"dot"`, or `"cosine"` to L2-normalize both sides before scoring.
+        temperature: positive float that divides the scores, or `None` for 1.
+        num_hard_negatives: positive int, number of negatives to keep for each query, those with the largest logits.
             `None` keeps all.
-        remove_accidental_hits: whether negatives with the id of the query's own positive are left out. Needs
+        remove_accidental_hits: bool, whether to mask negatives that have the id of the query's positive. Requires
             `candidate_ids`.
-        negatives: `"global"`, or `"local"` to have as negatives only the candidates of the query's own part of the
-            batch, and the extra ones. There is a part for each replica of the distribution in force, which then keeps
-            its candidates to itself: without extra ones nothing but the loss travels between devices, and with them
-            no more than a device's rows to their place. The batch must divide over the replicas. A loss of the
-            caller's own gets labels and logits `[batch, batch / replicas + extra negatives]`. On one device both are
-            the same.
+        negatives: `"global"` or `"local"`. With `"local"`, each replica of the distribution in force has one part of
+            the batch, and the negatives of a query are the candidates of its part and the extra negatives. Without
+            extra negatives, only the loss travels between devices; with them, each transfer is at most one replica's
+            share of the candidates. The number of replicas must divide the batch size. A custom `loss` gets labels and
+            logits of shape `[batch, batch / num_replicas + num_extra_negatives]`. On one device, both settings are the
+            same.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if `loss` is no `keras.losses.Loss`, or an argument is of the wrong type.
-        ValueError: if an argument is out of range, or, when called, if arguments do not fit one another.
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of range, or, in a call, if arguments are inconsistent.
 
     Example:
     ```python
@@ -83,7 +83,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         negatives: str = "global",
         **kwargs: Any,
     ) -> None:
-        # No autocast: under a mixed precision policy it would round probabilities, weights and labels to 8 bits.
+        # With autocast, a mixed precision policy would round probabilities, weights and labels to 16-bit floats.
         super().__init__(autocast=False, **kwargs)
         if loss is not None and not isinstance(loss, keras.losses.Loss):
             raise TypeError(
@@ -103,10 +103,10 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         if negatives not in NEGATIVES:
             raise ValueError(
                 f"`negatives` must be one of {NEGATIVES}. Received: negatives={negatives!r}. "
-                'Use "global" for those of all replicas, "local" for those of the query\'s own replica.'
+                'Use "global" for the candidates of all replicas, or "local" for those of the query\'s replica.'
             )
         self.negatives = negatives
-        # Masks of the towers (`Embedding(mask_zero=True)`) end here, without a warning.
+        # Accepts the masks of the towers (`Embedding(mask_zero=True)`) without a warning. They are not used.
         self.supports_masking = True
         self.built = True
 
@@ -124,24 +124,25 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         """Computes the loss of a batch.
 
         Args:
-            query_embeddings: `[batch, embedding_dim]` float, or `[batch, num_heads, embedding_dim]`, where each
-                candidate is scored by the query's best head.
-            candidate_embeddings: `[num_candidates, embedding_dim]` float, `num_candidates >= batch`: row i is the
-                positive of query i, rows from `batch` on are extra negatives for every query.
-            labels: `[batch]` float; if given, the loss is pointwise, and the arguments about negatives are errors.
+            query_embeddings: `[batch, embedding_dim]` float, or `[batch, num_heads, embedding_dim]` to score each
+                candidate by the query's best head.
+            candidate_embeddings: `[num_candidates, embedding_dim]` float, with `num_candidates >= batch`. Row i is the
+                positive of query i. Rows from `batch` on are extra negatives of every query.
+            labels: `[batch]` float labels of a pointwise loss. They exclude the arguments for negatives.
             sample_weight: `[batch]` float weights of the queries.
-            candidate_ids: `[num_candidates]` int ids, for the removal of accidental hits.
-            candidate_sampling_probability: `[num_candidates]` float, the probability of each candidate to be drawn
-                into a batch, clipped to [1e-6, 1].
-            score_mask: `[batch, num_candidates]` bool; False leaves the candidate out for that query.
-            candidate_mask: `[num_candidates]` bool; False marks padding: never a negative, and the query of its row
-                weighs nothing.
+            candidate_ids: `[num_candidates]` int ids, to remove accidental hits.
+            candidate_sampling_probability: `[num_candidates]` float, probability that a draw is the candidate, clipped
+                to [1e-6, 1].
+            score_mask: `[batch, num_candidates]` bool; False masks the candidate for that query.
+            candidate_mask: `[num_candidates]` bool; False marks padding. A padding candidate is not a negative, and the
+                query of the same row has weight 0.
 
         Returns:
-            Scalar float32 loss, or `[batch]` where `loss` has no reduction.
+            Scalar float32 loss, or `[batch]` float32 if `loss` has no reduction.
 
         Raises:
-            ValueError: if shapes or arguments do not fit one another.
+            TypeError: if an argument is a dict, or ids are not integers.
+            ValueError: if shapes or arguments are inconsistent.
         """
         given = {
             "labels": labels,
@@ -165,7 +166,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             candidate_mask = ops.cast(given["candidate_mask"], "bool")
             num_queries = ops.shape(query_embeddings)[0]
             valid = candidate_mask[:num_queries]
-            # What stands in a padded row, even NaN, must reach neither the loss nor a gradient.
+            # Padding rows may hold anything, even NaN: it must not reach the loss or a gradient.
             query_embeddings = _zero_where_false(valid, query_embeddings)
             candidate_embeddings = _zero_where_false(candidate_mask, candidate_embeddings)
             if sample_weight is not None:
@@ -193,7 +194,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
     def _in_batch_loss(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
         num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
-        # Keras traces models with sizes that are no numbers, to learn shapes and dtypes alone.
+        # The size is not an int when Keras traces a model symbolically, which needs only shapes and dtypes.
         split = batch_split(num_queries) if isinstance(num_queries, int) else None
         softmax = InBatchSoftmax(
             temperature=self.temperature,
@@ -221,7 +222,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
     def _check_divides(self, num_queries: int | None) -> None:
         replicas = num_replicas()
-        # Keras traces models with sizes that are made up, or no numbers.
+        # In symbolic tracing, Keras uses placeholder sizes.
         if (
             self.negatives == "global"
             or _keras.is_tracing_symbolically()
@@ -230,15 +231,15 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         ):
             return
         raise ValueError(
-            'With `negatives="local"` the batch must divide over the replicas, each of which has a part of its own. '
-            f"Received: {num_queries} queries for {replicas} replicas. Pad the batch, for instance by "
+            'With `negatives="local"`, the number of replicas must divide the batch size. '
+            f"Received: {num_queries} queries for {replicas} replicas. Pad the batch, for instance with "
             '`keras_rs_contrib.pad_batches`, and mark the padding in `candidate_mask`, or use `negatives="global"`.'
         )
 
     def compute_output_spec(
         self, query_embeddings: Any, candidate_embeddings: Any, *args: Any, **kwargs: Any
     ) -> keras.KerasTensor:
-        """Returns the shape and dtype of the loss, and raises as `call` does."""
+        """Returns the shape and dtype of the loss. Raises the errors of `call` about shapes and arguments."""
         bound = inspect.signature(self.call).bind(query_embeddings, candidate_embeddings, *args, **kwargs)
         bound.apply_defaults()
         given = dict(bound.arguments)
@@ -247,27 +248,27 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         return keras.KerasTensor((query_embeddings.shape[0],) if unreduced else (), dtype="float32")
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """Returns `None`: a loss carries no mask."""
+        """Returns `None`: the loss has no mask."""
         return
 
     def _check_shapes(self, query_embeddings: Any, candidate_embeddings: Any, given: dict[str, Any]) -> None:
         query_shape, candidate_shape = tuple(query_embeddings.shape), tuple(candidate_embeddings.shape)
         if len(query_shape) not in (2, 3) or len(candidate_shape) != 2:
             raise ValueError(
-                "`query_embeddings` must be `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`, and "
-                "`candidate_embeddings` `[num_candidates, embedding_dim]`. Received: shapes "
-                f"{query_shape} and {candidate_shape}. Flatten or expand the output of the towers to these ranks."
+                "`query_embeddings` must have shape `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`, "
+                "and `candidate_embeddings` must have shape `[num_candidates, embedding_dim]`. Received: shapes "
+                f"{query_shape} and {candidate_shape}. Reshape the outputs of the towers to these ranks."
             )
         if differ(query_shape[-1], candidate_shape[-1]):
             raise ValueError(
-                "Both towers must give embeddings of the same dimension. Received: "
+                "Both towers must return embeddings of the same dimension. Received: "
                 f"{query_shape[-1]} for the queries and {candidate_shape[-1]} for the candidates. "
-                "Project one of them, for instance by a last `keras.layers.Dense`."
+                "Project one of them, for instance with a final `keras.layers.Dense`."
             )
         batch, num_candidates = query_shape[0], candidate_shape[0]
         if batch is not None and num_candidates is not None and num_candidates < batch:
             raise ValueError(
-                "Each query needs its positive candidate in the row of the same number. Received: "
+                "Row i of `candidate_embeddings` must be the positive candidate of query i. Received: "
                 f"{batch} queries and {num_candidates} candidates. Pass at least as many candidates as queries."
             )
         expected = {
@@ -292,12 +293,12 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             if "int" not in dtype:
                 raise TypeError(
                     f"`candidate_ids` must be integers. Received: dtype {dtype}. "
-                    "Map ids to integers first, strings for instance by `keras.layers.StringLookup`."
+                    "Map the ids to integers first, for instance with `keras.layers.StringLookup`."
                 )
         if given["labels"] is None:
             if self.remove_accidental_hits and given["candidate_ids"] is None:
                 raise ValueError(
-                    "`remove_accidental_hits=True` needs the ids of the candidates. Received: candidate_ids=None. "
+                    "`remove_accidental_hits=True` requires the ids of the candidates. Received: candidate_ids=None. "
                     "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
                 )
             return
@@ -314,17 +315,18 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             about_negatives.append("negatives")
         if about_negatives:
             raise ValueError(
-                "With `labels` each query scores its own candidate only: there are no negatives. Received: `labels` "
-                f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop the one or the other."
+                "With `labels`, each query is scored with its own candidate only and has no negatives. Received: "
+                f"`labels` together with {', '.join(f'`{name}`' for name in about_negatives)}. "
+                "Remove `labels`, or the arguments for negatives."
             )
         if differ(batch, num_candidates):
             raise ValueError(
-                "With `labels` each query scores its own candidate only. Received: "
-                f"{batch} queries and {num_candidates} candidates. Leave out the extra negatives, or the labels."
+                "With `labels`, each query is scored with its own candidate only. Received: "
+                f"{batch} queries and {num_candidates} candidates. Remove the extra negatives, or `labels`."
             )
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor, serialized."""
+        """Returns the serialized arguments of the constructor."""
         config: dict[str, Any] = super().get_config()
         config.update(
             loss=None if self.loss is None else keras.losses.serialize(self.loss),
@@ -346,12 +348,12 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
 
 _SHAPE_CURES = {
-    "labels": "Give one number for each query.",
-    "sample_weight": "Give one weight for each query.",
+    "labels": "Pass one label for each query.",
+    "sample_weight": "Pass one weight for each query.",
     "candidate_ids": "Include the ids of the extra negatives.",
     "candidate_sampling_probability": "Include the probabilities of the extra negatives.",
-    "score_mask": "Give one bool for each pair of a query and a candidate.",
-    "candidate_mask": "Include the extra negatives.",
+    "score_mask": "Pass one bool for each pair of a query and a candidate.",
+    "candidate_mask": "Include the mask of the extra negatives.",
 }
 
 
@@ -359,11 +361,14 @@ def _check_temperature(temperature: float | None) -> float | None:
     if temperature is None:
         return None
     if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
-        raise TypeError(f"`temperature` must be a number. Received: temperature={temperature!r}. Use None for none.")
+        raise TypeError(
+            f"`temperature` must be a number. Received: temperature={temperature!r}. "
+            "Use None to leave the scores unscaled."
+        )
     if not np.finfo(np.float32).tiny <= temperature <= np.finfo(np.float32).max:
         raise ValueError(
-            "`temperature` divides the scores and must be positive and finite, as a float32. "
-            f"Received: temperature={temperature!r}. Use None to leave the scores as they are."
+            "`temperature` divides the scores: it must be positive, finite and in the normal range of float32. "
+            f"Received: temperature={temperature!r}. Use None to leave the scores unscaled."
         )
     return float(temperature)
 
@@ -378,7 +383,7 @@ def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
         )
     if num_hard_negatives < 1:
         raise ValueError(
-            "`num_hard_negatives` must be at least 1: with no negative there is nothing to learn. "
+            "`num_hard_negatives` must be at least 1: without negatives the softmax loss is always 0. "
             f"Received: num_hard_negatives={num_hard_negatives}. Use None to keep all negatives."
         )
     return int(num_hard_negatives)
@@ -387,25 +392,25 @@ def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
 def _to_tensor(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         raise TypeError(
-            f"`{name}` must be one array. Received: a dict with the keys {list(value)}. Pass one of its values; where "
-            "`fit` is given a dict of targets, Keras makes `sample_weight` a dict of the same keys."
+            f"`{name}` must be a single array. Received: a dict with the keys {list(value)}. Pass one of its values. "
+            "When the targets of `fit` are a dict, Keras makes `sample_weight` a dict with the same keys."
         )
     return ops.convert_to_tensor(value)
 
 
 def _zero_where_false(rows: Any, values: Any) -> Any:
-    """Returns `values` with the rows outside the `[num_rows]` bool `rows` set to 0."""
+    """Returns `values` with 0 in the rows for which the `[num_rows]` bool `rows` is False."""
     for _ in range(len(values.shape) - 1):
         rows = ops.expand_dims(rows, -1)
     return ops.where(rows, values, ops.zeros_like(values))
 
 
 def _reduced(loss: keras.losses.Loss, labels: Any, predictions: Any, sample_weight: Any, valid: Any) -> Any:
-    """Returns the loss over the valid rows, reduced as `loss` says."""
+    """Returns `loss` of the valid rows, with the reduction of `loss`."""
     if valid is not None:
         weight = ops.cast(valid, "float32")
         if loss.reduction in ("sum_over_batch_size", "mean"):
-            # Keras divides by all rows; only the valid ones count.
+            # Keras divides by the number of all rows. The factor makes it the number of valid rows.
             num_rows = ops.cast(ops.shape(weight)[0], "float32")
             weight = ops.multiply(weight, ops.divide(num_rows, ops.maximum(ops.sum(weight), 1.0)))
         sample_weight = weight if sample_weight is None else ops.multiply(sample_weight, weight)

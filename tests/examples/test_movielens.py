@@ -16,7 +16,7 @@ prepared = pytest.mark.skipif(
 )
 
 
-def test_the_stand_in_has_movielens_shape():
+def test_synthetic_data_have_the_shape_of_movielens():
     ratings = movielens.synthetic(0)
     assert (ratings.source, ratings.num_users, ratings.num_movies) == ("synthetic", 943, 1682)
     assert ratings.user_ids.shape == ratings.movie_ids.shape == ratings.ratings.shape == (100_000,)
@@ -30,21 +30,21 @@ def test_the_stand_in_has_movielens_shape():
     assert popularity[841:].sum() < 0.25 * 100_000
 
 
-def test_the_stand_in_has_planted_tastes():
+def test_synthetic_data_have_planted_tastes():
     ratings = movielens.synthetic(0)
     match = ratings.user_tastes[ratings.user_ids] == ratings.movie_tastes[ratings.movie_ids]
     assert match.mean() > 0.4
     assert ratings.ratings[match].mean() - ratings.ratings[~match].mean() > 0.25
 
 
-def test_the_stand_in_is_made_from_its_seed():
+def test_synthetic_data_are_determined_by_the_seed():
     first, again, other = movielens.synthetic(3), movielens.synthetic(3), movielens.synthetic(4)
     np.testing.assert_array_equal(first.movie_ids, again.movie_ids)
     np.testing.assert_array_equal(first.ratings, again.ratings)
     assert not np.array_equal(first.movie_ids, other.movie_ids)
 
 
-def test_the_split_is_a_partition_made_from_its_seed():
+def test_the_split_is_a_partition_determined_by_the_seed():
     ratings = movielens.synthetic(0)
     train, validation = movielens.split(ratings, 1)
     assert (len(train.ratings), len(validation.ratings)) == (80_000, 20_000)
@@ -54,16 +54,16 @@ def test_the_split_is_a_partition_made_from_its_seed():
     assert not np.array_equal(movielens.split(ratings, 2)[0].movie_ids, train.movie_ids)
 
 
-def test_without_data_and_network_auto_goes_on_and_movielens_stops(monkeypatch, tmp_path, capsys):
+def test_without_data_and_network_auto_continues_and_movielens_raises(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(movielens, "MOVIELENS_HOST", "http://127.0.0.1:9/")
     assert movielens.load("auto", str(tmp_path), seed=0).source == "synthetic"
-    assert "Going on with the synthetic stand-in" in capsys.readouterr().out
+    assert "Continuing with synthetic data." in capsys.readouterr().out
     with pytest.raises(movielens.MovieLensUnavailableError, match=f"not prepared in {tmp_path}"):
         movielens.load("movielens", str(tmp_path))
 
 
 @pytest.mark.filterwarnings("default")
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_raise(tmp_path):
     for name in movielens.DATASETS:
         directory = tmp_path / "movielens" / name / "0.1.1"
         directory.mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_damaged_files_are_named(tmp_path):
     assert movielens.load("auto", str(tmp_path)).source == "synthetic"
 
 
-def test_a_host_that_hangs_is_given_up(monkeypatch):
+def test_a_host_that_hangs_counts_as_unreachable(monkeypatch):
     def hang(*_, **__):
         time.sleep(1)
         raise OSError
@@ -83,7 +83,7 @@ def test_a_host_that_hangs_is_given_up(monkeypatch):
     assert movielens._host_answers() is False
 
 
-def test_the_latest_prepared_version_is_taken(tmp_path):
+def test_the_latest_prepared_version_is_used(tmp_path):
     for version in ("0.1.9", "0.1.10", "0.2.0", "0.3.0.incomplete"):
         (tmp_path / version).mkdir()
     for version in ("0.1.9", "0.1.10", "0.3.0.incomplete"):
@@ -95,7 +95,7 @@ def test_the_latest_prepared_version_is_taken(tmp_path):
 @prepared
 @pytest.mark.movielens
 @pytest.mark.filterwarnings("default")
-def test_movielens_is_read_whole():
+def test_movielens_is_read_completely():
     ratings = movielens.load("auto")
     assert (ratings.source, ratings.num_users, ratings.num_movies) == ("movielens", 943, 1682)
     assert len(ratings.ratings) == 100_000

@@ -1,4 +1,4 @@
-"""The example as a user runs it: its own process, its flags, its files. What needs no process of its own runs here."""
+"""The example as a user runs it, with its flags and files. Tests that need no separate process call `main`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(*arguments):
 
 @pytest.fixture
 def main(monkeypatch):
-    """The program as a function of its arguments, which returns what it exits with; its devices are those of here."""
+    """A function that runs the program in this process, and returns its exit code or message."""
     import movielens_dp
 
     def call(*arguments):
@@ -41,7 +41,7 @@ def main(monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_trains_recommends_saves_and_reports_and_more_devices_change_no_figure(main, tmp_path):
+def test_it_trains_recommends_saves_and_reports_the_same_losses_on_2_and_3_devices(main, tmp_path):
     model, metrics_file = tmp_path / "model.keras", tmp_path / "metrics.json"
     result = run(
         *SYNTHETIC, "--epochs=2", "--num_devices=2", "--users=42,7", "--k=3", "--device_mesh",
@@ -54,8 +54,8 @@ def test_it_trains_recommends_saves_and_reports_and_more_devices_change_no_figur
     assert result.stdout.count("SYNTHETIC") == 2
     assert result.stderr == ""
     assert "Recommended to user 42 (taste" in result.stdout
-    assert "the mean rating predicted for every pair has 0.1" in result.stdout
-    assert "loaded again, it recommends the same" in result.stdout
+    assert "predicting the mean rating for every pair gives 0.1" in result.stdout
+    assert "The loaded model recommends the same films." in result.stdout
     assert result.stdout.count("the most popular films") == 2
     assert "this model (rating)" in result.stdout
     assert model.exists()
@@ -76,20 +76,20 @@ def test_it_trains_recommends_saves_and_reports_and_more_devices_change_no_figur
         assert len(recommendation["movie_ids"]) == 3
         assert 0 not in recommendation["movie_ids"]
         assert all(title in result.stdout for title in recommendation["titles"])
-    # On devices over which the batches do not divide.
+    # On 3 devices, over which the batches do not divide.
     again = tmp_path / "3 devices.json"
     assert main(*SYNTHETIC, "--epochs=2", "--num_devices=3", "--users=5", "--k=1682", f"--metrics_json={again}") is None
     on_three = json.loads(again.read_text())
     for name in ("loss", "val_loss"):
         assert on_three["history"][name] == pytest.approx(metrics["history"][name], abs=1e-4)
-    # What a user has rated is left out.
+    # Films that the user has rated are excluded.
     data = movielens.synthetic(42)
     rated = set(data.movie_ids[data.user_ids == 5].tolist())
     assert sorted(on_three["recommendations"][0]["movie_ids"]) == sorted(set(range(1, 1683)) - rated)
 
 
 @pytest.mark.slow
-def test_trained_long_enough_it_recommends_films_of_ones_taste(main, tmp_path, capsys):
+def test_after_enough_epochs_it_recommends_films_of_the_users_taste(main, tmp_path, capsys):
     file = tmp_path / "metrics.json"
     users = ",".join(str(user) for user in range(1, 101))
     code = main(
@@ -104,7 +104,7 @@ def test_trained_long_enough_it_recommends_films_of_ones_taste(main, tmp_path, c
         taste = block.split("(taste ")[1][0]
         right += sum(f"(taste {taste})" in line for line in block.splitlines()[1:])
     assert right > 0.8 * 10 * len(own)
-    # As in the tutorial, which it was asked for, what a user has rated is among them.
+    # With --include_seen, as in the tutorial, films that the user has rated are included.
     data = movielens.synthetic(42)
     rated = set(zip(data.user_ids.tolist(), data.movie_ids.tolist(), strict=True))
     recommendations = json.loads(file.read_text())["recommendations"]
@@ -112,8 +112,8 @@ def test_trained_long_enough_it_recommends_films_of_ones_taste(main, tmp_path, c
 
 
 @pytest.mark.slow
-def test_retrieval_recommends_better_than_popularity_and_ratings(main, tmp_path):
-    """With probabilities known beforehand, and learned on several devices."""
+def test_retrieval_is_better_than_popularity(main, tmp_path):
+    """With sampling probabilities from counts, and with probabilities learned on two devices."""
     files = [tmp_path / "1.json", tmp_path / "2.json"]
     retrieval = ("--dataset=synthetic", "--objective=retrieval", "--epochs=2", "--embedding_dim=32")
     result = run(*retrieval, "--num_devices=1", f"--metrics_json={files[0]}")
@@ -130,16 +130,19 @@ def test_retrieval_recommends_better_than_popularity_and_ratings(main, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--users=944",), "no user '944'. Users are numbered 1 to 943."),
-        (("--users=",), "no user is named"),
-        (("--k=1683",), "there are 1682 films"),
+        (("--users=944",), "--users: user '944' does not exist. Users are numbered 1 to 943."),
+        (("--users=",), "--users: the list is empty. Users are numbered 1 to 943."),
+        (("--k=1683",), "--k=1683: there are only 1682 films. Use a smaller k."),
         (("--model_path=model.h5",), "must end in .keras"),
-        (("--model_path=/nowhere/model.keras",), "no file can be written there"),
-        (("--model_path=same.keras", "--metrics_json=same.keras"), "Name two files"),
-        (("--sampling_correction=counts",), "it has no effect with --objective=rating"),
+        (
+            ("--model_path=/nowhere/model.keras",),
+            "no file can be written there. Use a path in an existing, writable directory.",
+        ),
+        (("--model_path=same.keras", "--metrics_json=same.keras"), "both are same.keras. Use two different files."),
+        (("--sampling_correction=counts",), "it has no effect with --objective=rating. Drop it"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_training(arguments, words, main, capsys):
+def test_invalid_flags_end_the_program_before_training(arguments, words, main, capsys):
     assert words in main(*SYNTHETIC, *arguments)
     assert "Epoch" not in capsys.readouterr().out
 
@@ -148,7 +151,7 @@ def test_what_cannot_be_done_is_refused_before_training(arguments, words, main, 
     ("argument", "words"),
     [("--learning_rate=nan", "must be positive and finite"), ("--temperature=0", "must be positive and finite")],
 )
-def test_values_that_are_none_are_refused(argument, words, main):
+def test_flags_that_must_be_positive_and_finite_are_checked(argument, words, main):
     with pytest.raises(flags.IllegalFlagValueError, match=words):
         main(*SYNTHETIC, argument)
 
@@ -158,8 +161,8 @@ def test_values_that_are_none_are_refused(argument, words, main):
     ("argument", "words"),
     [("--num_devices=100000", "--num_devices=100000"), ("epochs=3", "Unknown argument 'epochs=3'")],
 )
-def test_a_refusal_is_a_line_and_a_status(argument, words):
-    """Of a flag's own check, and of the program's."""
+def test_an_error_is_one_line_and_an_exit_status(argument, words):
+    """For an error of a flag's own check, and for one of the program."""
     result = run(*SYNTHETIC, argument)
     assert result.returncode == 1
     assert words in result.stderr
@@ -168,7 +171,7 @@ def test_a_refusal_is_a_line_and_a_status(argument, words):
 
 
 @pytest.mark.slow
-def test_training_that_diverges_ends_after_the_epoch(main, tmp_path):
+def test_diverging_training_stops_after_the_epoch(main, tmp_path):
     file = tmp_path / "metrics.json"
     message = main(*SYNTHETIC, "--epochs=9", "--learning_rate=1e30", "--num_devices=2", f"--metrics_json={file}")
     assert "The loss must be finite. Received: loss=" in message
@@ -178,28 +181,28 @@ def test_training_that_diverges_ends_after_the_epoch(main, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_costs_the_metrics_alone_and_8_devices_on_fewer_cores_go_through():
-    """800 steps, in each of which 8 devices wait for one another on the threads of a few cores."""
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_8_devices_on_fewer_cores_complete_and_a_full_disk_loses_only_the_metrics():
+    """In each of 800 steps, 8 devices wait for each other on the threads of a few cores."""
     result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=100", "--metrics_json=/dev/full")
     assert result.returncode == 1, result.stderr
-    assert "--metrics_json=/dev/full: No space left on device. All else is done." in result.stderr
+    assert "--metrics_json=/dev/full: No space left on device. Everything else is complete." in result.stderr
     assert result.stdout.count("Recommended to user") == 3
     assert result.stdout.count("SYNTHETIC") == 2
 
 
-def test_movielens_that_is_not_to_be_had_is_an_error(main, monkeypatch, tmp_path):
+def test_unavailable_movielens_is_an_error(main, monkeypatch, tmp_path):
     monkeypatch.setattr(movielens, "MOVIELENS_HOST", "http://127.0.0.1:9/")
     message = main("--dataset=movielens", f"--data_dir={tmp_path}")
     assert f"not prepared in {tmp_path}" in message
-    assert "--dataset=auto goes on without it" in message
+    assert "Use --dataset=auto to continue with synthetic data." in message
 
 
 @prepared
 @pytest.mark.movielens
 @pytest.mark.slow
-def test_movielens_trains_as_the_tutorial_does(tmp_path):
-    """The tutorial's first losses: those of scores near 0, for the mean of the squared ratings is 0.478."""
+def test_movielens_trains_like_the_tutorial(tmp_path):
+    """The first loss is that of the tutorial: scores are near 0, and the mean of the squared ratings is 0.478."""
     file = tmp_path / "metrics.json"
     result = run("--epochs=5", "--num_devices=2", f"--metrics_json={file}")
     assert result.returncode == 0, result.stderr
@@ -212,8 +215,8 @@ def test_movielens_trains_as_the_tutorial_does(tmp_path):
 @prepared
 @pytest.mark.movielens
 @pytest.mark.slow
-def test_movielens_is_recommended_well_after_a_few_epochs(tmp_path):
-    """Popularity has 0.21 to 0.22, EASE 0.44, and all the epochs 0.45."""
+def test_movielens_has_a_high_ndcg_after_a_few_epochs(tmp_path):
+    """NDCG@10 of popularity is 0.21 to 0.22, of EASE 0.44, and of all epochs 0.45."""
     file = tmp_path / "metrics.json"
     result = run("--objective=retrieval", "--epochs=5", "--num_devices=1", "--seed=0", f"--metrics_json={file}")
     assert result.returncode == 0, result.stderr

@@ -22,7 +22,7 @@ def fitted_model(epochs=2, **arguments):
     rng = np.random.default_rng(0)
     x = rng.integers(0, NUM_USERS, 96).astype("int32")
     y = {"movie_id": rng.integers(1, NUM_MOVIES, 96).astype("int32"), "rating": rng.random(96).astype("float32")}
-    # Only padded rows divide over any axis.
+    # The number of rows is divisible by every tested axis only with padding.
     model = RetrievalModel(NUM_USERS, NUM_MOVIES, is_sharded=arguments.get("mesh_axis") is not None, **arguments)
     model.compile(keras.optimizers.Adagrad(0.5))
     model.history = model.fit(x, y, batch_size=24, epochs=epochs, verbose=0, shuffle=False)
@@ -34,7 +34,7 @@ def expected_predictions(model, k=5):
     return reference.top_k(users, np.asarray(model.the_tower.embeddings.value)[:NUM_MOVIES], k, exclude_ids=[0])[1]
 
 
-# What it returns.
+# Results.
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
@@ -55,7 +55,7 @@ def test_the_index_returns_the_best_rows_of_the_tower(rng, similarity, return_sc
         np.testing.assert_allclose(result[0], expected_scores, rtol=1e-5, atol=1e-7)
 
 
-def test_candidate_ids_stand_for_rows(rng):
+def test_results_are_candidate_ids(rng):
     tower = keras.layers.Embedding(10, 4)
     ids = rng.permutation(10) * 1000 - 5000
     index = shard_candidates(brute_force(k=3), tower, candidate_ids=ids, exclude_ids=ids[[2, 7]])
@@ -67,7 +67,7 @@ def test_candidate_ids_stand_for_rows(rng):
     )
 
 
-def test_an_excluded_candidate_is_not_returned_even_in_want_of_finite_scores():
+def test_an_excluded_candidate_is_not_returned_even_if_no_other_score_is_finite():
     tower = keras.layers.Embedding(3, 1, weights=np.array([[1.0], [np.inf], [np.inf]]))
     index = shard_candidates(brute_force(k=2, return_scores=True), tower, exclude_ids=[0])
     scores, ids = index(np.array([[-1.0]]))
@@ -76,7 +76,7 @@ def test_an_excluded_candidate_is_not_returned_even_in_want_of_finite_scores():
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
-def test_scores_are_float32_whatever_the_towers_precision(rng, policy):
+def test_scores_are_float32_for_any_precision_of_the_tower(rng, policy):
     tower = keras.layers.Embedding(30, 4, dtype=policy, embeddings_initializer="normal")
     keras.config.set_dtype_policy(policy)
     index = shard_candidates(brute_force(return_scores=True), tower)
@@ -89,7 +89,7 @@ def test_scores_are_float32_whatever_the_towers_precision(rng, policy):
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-7)
 
 
-def test_k_may_change_within_the_corpus(rng):
+def test_k_may_change_up_to_the_size_of_the_corpus(rng):
     index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
     index.k = 7
     assert index(np.ones((2, 4))).shape == (2, 7)
@@ -116,7 +116,7 @@ def test_k_may_change_within_the_corpus(rng):
         ("ModelParallel(1x8)", 20, False, None),
     ],
 )
-def test_lists_and_ranks_without_what_is_excluded(rng, name, num_excluded, with_ids, mesh_axis):
+def test_exclusions_apply_to_top_k_and_ranks(rng, name, num_excluded, with_ids, mesh_axis):
     keras.distribution.set_distribution(DISTRIBUTIONS[name]())
     tower = ShardedEmbedding(43, 4, embeddings_initializer="normal", name="movie_tower")
     ids = rng.permutation(43) * 3 - 20 if with_ids else np.arange(43)
@@ -139,7 +139,7 @@ def test_lists_and_ranks_without_what_is_excluded(rng, name, num_excluded, with_
         np.testing.assert_array_equal(index.ranks(queries, found[:, 4], exclude), [4] * 24)
 
 
-def test_where_too_few_remain_the_rest_is_none(rng):
+def test_missing_candidates_have_id_minus_one_and_score_minus_infinity(rng):
     tower = keras.layers.Embedding(6, 4, embeddings_initializer="normal")
     index = shard_candidates(brute_force(k=4, return_scores=True), tower)
     scores, ids = index(rng.normal(size=(2, 4)), exclude_ids=[[0, 1, 2, 3], [0, 1, 2, 3]])
@@ -163,7 +163,7 @@ def test_exclude_ids_may_be_an_input_of_a_functional_model(rng, name):
     np.testing.assert_array_equal(model.predict(x, batch_size=24, verbose=0), expected)
 
 
-def test_ranks_of_what_is_in_no_list(rng):
+def test_ranks_of_excluded_and_unknown_candidates_and_nan_queries(rng):
     tower = keras.layers.Embedding(10, 4, embeddings_initializer="normal")
     index = shard_candidates(brute_force(), tower, exclude_ids=[3])
     queries = rng.normal(size=(3, 4)).astype("float32")
@@ -176,8 +176,8 @@ def test_ranks_of_what_is_in_no_list(rng):
 
 
 @pytest.mark.parametrize("name", ["1 device", "DataParallel(3)", "ModelParallel(2x4)"])
-def test_ranks_of_several_candidates_are_those_of_each(rng, name):
-    """Of rows with duplicates and gaps, and queries that need not divide over the devices."""
+def test_ranks_of_several_candidates_match_ranks_of_each_candidate(rng, name):
+    """Covers duplicate and missing ids, and a number of queries that is not divisible by the devices."""
     distribution = DISTRIBUTIONS[name]()
     keras.distribution.set_distribution(distribution)
     tower = ShardedEmbedding(43, 4, embeddings_initializer="normal", name="movie_tower")
@@ -191,7 +191,7 @@ def test_ranks_of_several_candidates_are_those_of_each(rng, name):
     ids = rng.choice(names, (22, 3))
     ids[rng.random(ids.shape) < 0.2] = -1
     ids[0] = ids[0, 0]
-    # Of candidates that are in no list: the index's own exclusions, and the query's.
+    # Excluded candidates: one by the index, and one by its query.
     ids[1, 0], ids[2, 0] = own[1], exclude_ids[2, 1]
     ranks = index.ranks(queries, ids, exclude_ids=exclude_ids)
     assert (ranks.dtype, ranks.shape) == ("int32", (22, 3))
@@ -205,7 +205,7 @@ def test_ranks_of_several_candidates_are_those_of_each(rng, name):
     np.testing.assert_array_equal(ranks[[1, 2], 0], [43, 43])
 
 
-def test_ranks_of_several_candidates_where_one_is_unknown(rng):
+def test_ranks_of_several_candidates_with_an_unknown_one(rng):
     index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4, embeddings_initializer="normal"))
     queries = rng.normal(size=(3, 4)).astype("float32")
     ids = np.array([[1, -1], [2, 2], [-1, -1]])
@@ -217,7 +217,7 @@ def test_ranks_of_several_candidates_where_one_is_unknown(rng):
         wrong[1, 1] = unknown
         with pytest.raises(ValueError, match=f"{unknown} in row 1, which is none of the 10"):
             index.ranks(queries, wrong)
-        # A compiled program cannot raise.
+        # A compiled program cannot raise, so the rank of an unknown id is the number of candidates.
         ranks = compiled(queries, wrong.astype("int32"))
         np.testing.assert_array_equal(ranks, np.where(ids == wrong, expected, 10))
     for shape in [(2, 2), (3, 2, 1), ()]:
@@ -235,13 +235,13 @@ def test_ranks_of_several_candidates_where_one_is_unknown(rng):
         ({"candidate_ids": jax.numpy.full(3, 2**32 - 5, "uint32")}, ValueError, "4294967291"),
         ({"exclude_ids": [1, 2, 3]}, ValueError, r"shape \(3,\) for query embeddings of shape \(3, 4\)"),
         ({"exclude_ids": [[1], [2]]}, ValueError, r"shape \(2, 1\)"),
-        ({"exclude_ids": [[1], [2], [2**32 + 5]]}, ValueError, "`exclude_ids` must lie in"),
+        ({"exclude_ids": [[1], [2], [2**32 + 5]]}, ValueError, r"`exclude_ids` must be in \[-2147483648, 2147483647\]"),
         ({"exclude_ids": [["a"], ["b"], ["c"]]}, TypeError, "`exclude_ids` must be integers"),
-        ({"exclude_ids": [[1], [2, 3], []]}, TypeError, "Pass rows of one length"),
+        ({"exclude_ids": [[1], [2, 3], []]}, TypeError, "Pass rows of equal length"),
         ({"query_embeddings": np.ones((3, 5))}, ValueError, r"\(batch, 4\)"),
     ],
 )
-def test_bad_arguments_of_a_search(arguments, error, words):
+def test_invalid_arguments_of_a_search_raise(arguments, error, words):
     index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
     queries = np.ones((3, 4), "float32")
     with pytest.raises(error, match=words):
@@ -251,10 +251,10 @@ def test_bad_arguments_of_a_search(arguments, error, words):
             index(**{"query_embeddings": queries, **arguments})
 
 
-# The tie.
+# The shared table.
 
 
-def test_there_is_one_table():
+def test_the_index_and_the_tower_share_one_table():
     model = fitted_model(epochs=0)
     predictions(model)
     assert model.the_index.candidate_embeddings is model.the_tower.embeddings
@@ -262,7 +262,7 @@ def test_there_is_one_table():
     assert len(model.trainable_weights) == 2
 
 
-def test_each_prediction_sees_the_last_training_step():
+def test_each_prediction_uses_the_current_weights():
     model = fitted_model(epochs=1)
     before = predictions(model)
     np.testing.assert_array_equal(before, expected_predictions(model))
@@ -272,7 +272,7 @@ def test_each_prediction_sees_the_last_training_step():
     assert not np.array_equal(before, after)
 
 
-def test_training_between_predictions_compiles_prediction_once():
+def test_training_between_predictions_does_not_recompile_prediction():
     model = fitted_model(epochs=1)
     predictions(model)
     compiled = model.predict_function
@@ -284,7 +284,7 @@ def test_training_between_predictions_compiles_prediction_once():
     assert model.predict_function is compiled
 
 
-def test_a_tied_index_is_not_overwritten():
+def test_the_table_of_a_tower_cannot_be_overwritten_through_the_index():
     tower = keras.layers.Embedding(10, 4)
     tower.build((None,))
     index = shard_candidates(brute_force(), tower)
@@ -299,7 +299,7 @@ def test_a_tied_index_is_not_overwritten():
 
 
 @pytest.mark.parametrize("mesh_axis", [None, "batch"])
-def test_the_adaptation_of_a_table_is_searched_with_it(rng, mesh_axis):
+def test_the_search_includes_the_lora_update_of_a_table(rng, mesh_axis):
     keras.distribution.set_distribution(data_parallel(8))
     tower = keras.layers.Embedding(40, 4, lora_rank=2)
     index = shard_candidates(brute_force(), tower, mesh_axis=mesh_axis)
@@ -330,7 +330,7 @@ def of_one_device():
         ("ModelParallel(1x8)", None),
     ],
 )
-def test_fit_and_predict_are_those_of_one_device(name, mesh_axis):
+def test_fit_and_predict_match_one_device(name, mesh_axis):
     keras.distribution.set_distribution(None)
     expected_losses, expected_ids = of_one_device()
     keras.distribution.set_distribution(DISTRIBUTIONS[name]())
@@ -363,7 +363,7 @@ def test_mesh_axis_splits_the_table_and_its_optimizer_slots(built_before):
 
 
 @pytest.mark.parametrize("pattern", ["model/movie_table/embeddings", ".*movie_table/embeddings"])
-def test_a_layout_map_knows_the_table_by_the_path_it_has_without_the_index(pattern):
+def test_a_layout_map_matches_the_same_table_path_with_and_without_an_index(pattern):
     class Model(keras.Model):
         def __init__(self):
             super().__init__(name="model")
@@ -380,13 +380,13 @@ def test_a_layout_map_knows_the_table_by_the_path_it_has_without_the_index(patte
     assert model.movies.embeddings.value.sharding.spec[0] == "model"
 
 
-def test_an_index_on_its_own_leaves_the_path_of_its_tower():
+def test_a_standalone_index_does_not_change_the_path_of_its_tower():
     tower = keras.layers.Embedding(40, 4, name="movie_table")
     shard_candidates(brute_force(), tower)(np.ones((8, 4), "float32"))
     assert tower.embeddings.path == "movie_table/embeddings"
 
 
-def test_values_survive_the_change_of_layout(rng):
+def test_a_change_of_layout_keeps_the_values(rng):
     values = rng.normal(size=(40, 4)).astype("float32")
     keras.distribution.set_distribution(data_parallel(8))
     tower = keras.layers.Embedding(40, 4, weights=values)
@@ -394,20 +394,20 @@ def test_values_survive_the_change_of_layout(rng):
     np.testing.assert_array_equal(tower.embeddings.value, values)
 
 
-def test_mesh_axis_must_be_of_the_mesh():
+def test_an_unknown_mesh_axis_raises():
     keras.distribution.set_distribution(data_parallel(8))
     with pytest.raises(ValueError, match=r"mesh_axis='model' for a mesh with axes \['batch'\]"):
         shard_candidates(brute_force(), keras.layers.Embedding(40, 4), mesh_axis="model")
 
 
-def test_mesh_axis_means_nothing_on_one_device(rng):
+def test_mesh_axis_is_ignored_on_one_device(rng):
     tower = keras.layers.Embedding(40, 4)
     index = shard_candidates(brute_force(), tower, mesh_axis="model")
     queries = rng.normal(size=(3, 4)).astype("float32")
     np.testing.assert_array_equal(index(queries), reference.top_k(queries, np.asarray(tower.embeddings.value), 5)[1])
 
 
-def test_a_table_split_over_its_dimension_is_refused():
+def test_a_table_split_over_its_embedding_dimension_raises():
     distribution = model_parallel(pattern="none")
     distribution._layout_map[".*embedding.*"] = (None, "model")
     keras.distribution.set_distribution(distribution)
@@ -418,7 +418,7 @@ def test_a_table_split_over_its_dimension_is_refused():
         index(np.ones((8, 4), "float32"))
 
 
-def test_queries_may_lie_on_one_device_and_not_divide(rng):
+def test_queries_may_be_on_one_device_and_indivisible(rng):
     keras.distribution.set_distribution(model_parallel())
     tower = keras.layers.Embedding(40, 4, name="movie")
     tower.build((None,))
@@ -455,7 +455,7 @@ def saved_arrays(path, tmp_path):
     return shapes
 
 
-def test_the_file_holds_the_table_once(tmp_path):
+def test_the_file_contains_the_table_once(tmp_path):
     model = RetrievalModel(NUM_USERS, NUM_MOVIES)
     predictions(model)
     model.save(tmp_path / "model.keras")
@@ -474,7 +474,7 @@ LOADED_ON = {
 
 @pytest.fixture(scope="module", params=SAVED_ON)
 def saved(request, tmp_path_factory):
-    """A file of a model on 8 devices, and what it predicted there."""
+    """Returns a file of a model that was trained on 8 devices, and its predictions."""
     path = tmp_path_factory.mktemp("saved") / "model.keras"
     keras.distribution.set_distribution(SAVED_ON[request.param]())
     model = fitted_model()
@@ -493,7 +493,7 @@ def test_a_model_saved_on_8_devices_predicts_the_same_on_others(saved, loaded_on
 
 
 @pytest.mark.parametrize("loaded_on", LOADED_ON)
-def test_an_index_split_by_mesh_axis_loads_where_there_is_no_such_axis(tmp_path, loaded_on):
+def test_an_index_split_by_mesh_axis_loads_on_a_mesh_without_this_axis(tmp_path, loaded_on):
     keras.distribution.set_distribution(model_parallel(pattern="none"))
     tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION)
     users = keras.Input((), dtype="int32")
@@ -523,8 +523,8 @@ def functional_model(index_first):
     return keras.Model([users, movies], {"rating": rating, "scores": scores, "ids": ids})
 
 
-def test_an_index_that_comes_before_its_tower_shares_it_after_loading(tmp_path, rng):
-    """Keras alone loads a layer that is shared with one before it as two."""
+def test_an_index_before_its_tower_in_the_layer_order_shares_it_after_loading(tmp_path, rng):
+    """Without support by the index, Keras would load the shared tower as two layers."""
     queries, movies = keras.Input((DIMENSION,), name="query"), keras.Input((), dtype="int32", name="movie")
     tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION, name="movie_tower")
     model = keras.Model([queries, movies], [shard_candidates(brute_force(name="index"), tower)(queries), tower(movies)])
@@ -554,7 +554,7 @@ def test_a_functional_model_shares_its_tower_after_loading(tmp_path, index_first
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_weights_alone_may_be_saved(tmp_path):
+def test_weights_can_be_saved_without_the_model(tmp_path):
     model = fitted_model()
     predictions(model)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -566,7 +566,7 @@ def test_weights_alone_may_be_saved(tmp_path):
 
 @pytest.mark.parametrize("return_scores", [False, True])
 @pytest.mark.parametrize("how", ["serialize", "deepcopy"])
-def test_an_index_alone_round_trips(rng, return_scores, how):
+def test_a_standalone_index_round_trips(rng, return_scores, how):
     tower = keras.layers.Embedding(30, 4)
     index = shard_candidates(
         brute_force(k=7, return_scores=return_scores, name="the_index"), tower, exclude_ids=[3], similarity="cosine"
@@ -609,7 +609,7 @@ def feature_tower():
     )
 
 
-def test_the_index_of_a_feature_tower_follows_refresh(rng):
+def test_the_index_of_a_feature_tower_changes_with_refresh_only(rng):
     tower, candidates = feature_tower(), np.arange(10, 40)
     index = shard_candidates(brute_force(), tower, candidates=candidates)
     queries = rng.normal(size=(6, DIMENSION)).astype("float32")
@@ -626,7 +626,7 @@ def test_the_index_of_a_feature_tower_follows_refresh(rng):
     assert not np.array_equal(index(queries), first)
 
 
-def test_features_go_through_the_tower_in_blocks(rng, monkeypatch):
+def test_refresh_computes_embeddings_in_blocks(rng, monkeypatch):
     monkeypatch.setattr("keras_rs_contrib.index.corpus.REFRESH_BLOCK_SIZE", 7)
     genre, year = keras.Input((), dtype="int32", name="genre"), keras.Input((2,), name="year")
     merged = keras.layers.Concatenate()([keras.layers.Embedding(5, 3)(genre), year])
@@ -665,7 +665,7 @@ def test_the_index_of_a_feature_tower_is_saved(tmp_path, rng, on):
         np.testing.assert_array_equal(loaded(queries), expected)
 
 
-def test_a_failed_refresh_leaves_the_index_whole(rng):
+def test_a_failed_refresh_does_not_change_the_index(rng):
     tower = feature_tower()
     index = shard_candidates(brute_force(), tower, candidates=np.arange(40))
     queries = rng.normal(size=(6, DIMENSION)).astype("float32")
@@ -682,7 +682,7 @@ def test_a_failed_refresh_leaves_the_index_whole(rng):
     np.testing.assert_array_equal(index(queries), before)
 
 
-def test_an_index_over_a_feature_tower_may_be_updated(rng):
+def test_update_candidates_of_a_feature_tower(rng):
     index = shard_candidates(brute_force(), feature_tower(), candidates=np.arange(40), candidate_ids=np.arange(40))
     table, queries = rng.normal(size=(40, DIMENSION)), rng.normal(size=(3, DIMENSION)).astype("float32")
     index.update_candidates(table, np.arange(40) + 100)
@@ -736,14 +736,14 @@ def test_a_large_refresh_shows_its_progress(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_the_constructor_checks_ids_too():
-    with pytest.raises(ValueError, match="must differ from one another"):
+def test_the_constructor_checks_ids():
+    with pytest.raises(ValueError, match="`candidate_ids` must be unique"):
         ShardedBruteForceRetrieval(keras.layers.Embedding(10, 4), candidate_ids=[7] * 10)
     with pytest.raises(ValueError, match="99 for 10 candidates"):
         ShardedBruteForceRetrieval(keras.layers.Embedding(10, 4), exclude_ids=[99])
 
 
-def test_ids_are_checked_also_where_an_index_has_no_table_yet(rng):
+def test_update_candidates_checks_ids_before_the_first_table(rng):
     index = ShardedBruteForceRetrieval(feature_tower(), k=2)
     table = rng.normal(size=(5, DIMENSION))
     with pytest.raises(ValueError, match="2147483648"):
@@ -783,7 +783,7 @@ def test_ids_are_checked_also_where_an_index_has_no_table_yet(rng):
         ({"retrieval": keras.layers.Dense(4)}, TypeError, "must be a `keras_rs.layers.BruteForceRetrieval`"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, error, words):
+def test_invalid_arguments_raise(arguments, error, words):
     arguments = dict(arguments)
     tower = arguments.pop("tower", None) or keras.layers.Embedding(10, 4)
     retrieval = arguments.pop("retrieval", None) or brute_force(k=arguments.pop("k", 5))
@@ -791,13 +791,13 @@ def test_what_does_not_fit_is_refused(arguments, error, words):
         shard_candidates(retrieval, tower, **arguments)
 
 
-def test_candidates_of_the_retrieval_layer_are_not_dropped_in_silence(rng):
+def test_a_retrieval_layer_with_candidates_raises(rng):
     retrieval = keras_rs.layers.BruteForceRetrieval(rng.normal(size=(10, 4)), k=5)
     with pytest.raises(ValueError, match="a layer with 10 candidates"):
         shard_candidates(retrieval, keras.layers.Embedding(10, 4))
 
 
-def test_an_own_score_is_not_dropped_in_silence():
+def test_a_retrieval_layer_with_its_own_score_raises():
     class Euclidean(keras_rs.layers.BruteForceRetrieval):
         def compute_score(self, query_embedding, candidate_embedding):
             return None
@@ -806,7 +806,7 @@ def test_an_own_score_is_not_dropped_in_silence():
         shard_candidates(Euclidean(), keras.layers.Embedding(10, 4))
 
 
-def test_an_embedding_that_does_more_than_look_up_needs_candidates():
+def test_an_embedding_with_its_own_call_needs_candidates():
     class Normalised(keras.layers.Embedding):
         def call(self, inputs):
             return keras.ops.normalize(super().call(inputs))
@@ -816,13 +816,13 @@ def test_an_embedding_that_does_more_than_look_up_needs_candidates():
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 3)])
-def test_queries_of_another_shape_are_refused(shape):
+def test_queries_of_the_wrong_shape_raise(shape):
     index = shard_candidates(brute_force(), keras.layers.Embedding(10, 4))
     with pytest.raises(ValueError, match=r"shape \(batch, 4\)"):
         index(np.ones(shape, "float32"))
 
 
-def test_a_quantized_tower_is_refused():
+def test_a_quantized_tower_raises():
     tower = keras.layers.Embedding(16, 8)
     tower.build((None,))
     index = shard_candidates(brute_force(), tower)
@@ -833,18 +833,18 @@ def test_a_quantized_tower_is_refused():
 
 
 @pytest.mark.parametrize("candidates", [np.zeros((0,), int), {"a": np.zeros(3), "b": np.zeros(4)}])
-def test_a_corpus_has_rows_of_one_number(candidates):
+def test_candidates_must_have_equal_nonzero_numbers_of_rows(candidates):
     with pytest.raises(ValueError, match="one row for each candidate"):
         shard_candidates(brute_force(), feature_tower(), candidates=candidates)
 
 
 @pytest.mark.parametrize("candidates", [3, [1, 2, 3], {"a": [1, 2]}])
-def test_a_corpus_is_made_of_arrays(candidates):
+def test_candidates_must_be_arrays(candidates):
     with pytest.raises(TypeError, match="`candidates` must be an array or a nested structure of arrays"):
         shard_candidates(brute_force(), feature_tower(), candidates=candidates)
 
 
-def test_a_tower_gives_one_row_for_each_candidate():
+def test_a_tower_must_return_one_row_for_each_candidate():
     with pytest.raises(ValueError, match=r"shape \(40, 4, 1\)"):
         shard_candidates(
             brute_force(),

@@ -48,18 +48,18 @@ def placed(layout, queries, table):
 
 
 def padded(table, num_shards, value=7.0):
-    """The table as it lies on a mesh, with rows that would often win if they were looked at."""
+    """Returns a table padded for a mesh. The padding rows would often win if the search included them."""
     return np.pad(table, ((0, -len(table) % num_shards), (0, 0)), constant_values=value)
 
 
 def small_integers(rng, *shape):
-    """Values whose scores are exact in any order of summation, and often equal."""
+    """Returns values whose scores are exact in any order of summation, and often equal."""
     return rng.integers(-2, 3, shape).astype("float32")
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("k", [1, 3, 40])
-def test_top_k_is_that_of_a_sort(rng, k, similarity):
+def test_top_k_matches_a_sort(rng, k, similarity):
     queries, table = rng.normal(size=(7, 4)), rng.normal(size=(40, 4))
     expected_scores, expected_ids = reference.top_k(queries, table, k, similarity=similarity)
     scores, ids = searches.top_k(queries, table, k, Search(40, similarity))
@@ -82,10 +82,10 @@ def test_ties_rank_by_lower_row_on_any_number_of_shards(rng, name, k):
     assert scores.sharding.spec[0] == layout.batch_axis
 
 
-# Of 4 rows one level is searched, of 70,000 two.
+# The search has one level for 4 rows, and two for 70,000.
 @pytest.mark.parametrize("num_rows", [4, 70_000])
 def test_negative_zero_ties_with_zero(num_rows):
-    """A product with a negative factor gives -0.0, which XLA's top-k would put below 0.0 in either of its forms."""
+    """A product with a negative factor gives -0.0, which XLA's top-k would rank below 0.0."""
     table = np.zeros((num_rows, 1), "float32")
     table[0] = -0.0
     for query in (1.0, -1.0):
@@ -94,7 +94,7 @@ def test_negative_zero_ties_with_zero(num_rows):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_excluded_rows_are_left_out(rng, name):
+def test_excluded_rows_are_not_returned(rng, name):
     layout = layout_of(name)
     queries, table = small_integers(rng, 8, 3), small_integers(rng, 40, 3)
     excluded = rng.random(40) < 0.5
@@ -105,7 +105,7 @@ def test_excluded_rows_are_left_out(rng, name):
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 9])
-def test_queries_need_not_divide_over_the_devices(rng, num_queries):
+def test_the_number_of_queries_need_not_be_divisible_by_the_devices(rng, num_queries):
     layout = layout_of("rows over the other axis")
     queries, table = small_integers(rng, num_queries, 3), small_integers(rng, 40, 3)
     exclude_ids = rng.integers(-1, 40, (num_queries, 3)).astype("int32")
@@ -116,7 +116,7 @@ def test_queries_need_not_divide_over_the_devices(rng, num_queries):
     np.testing.assert_array_equal(ranks, [2] * num_queries)
 
 
-# Against the reference, at random.
+# Random cases, compared with the reference.
 
 
 def embeddings(values):
@@ -132,7 +132,7 @@ def embeddings(values):
     )
 
 
-# Few values, so that scores are exact and often equal; with infinities, also -inf and what is no number.
+# Few values, so that scores are exact and often equal. With infinities, some scores are -inf or NaN.
 FINITE, INFINITE = st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0]), st.sampled_from([-np.inf, -1.0, 0.0, 1.0, np.inf])
 
 
@@ -145,7 +145,7 @@ def cases(draw, values):
     if draw(st.booleans()):
         exclude_ids = None
     else:
-        # Duplicates, unknown ids, none, and at times everything.
+        # Duplicates, unknown ids, -1, and sometimes all candidates.
         choices = st.sampled_from([*known, -1, 10_000])
         width = draw(st.integers(0, 4))
         rows = st.one_of(st.lists(choices, min_size=width, max_size=width))
@@ -177,7 +177,7 @@ def check_against_the_reference(case, num_shards, over_batch_axis, block_size, e
     if exclude_ids is not None:
         row_of = {candidate_id: row for row, candidate_id in enumerate(known.tolist())}
         exclude_rows = np.vectorize(lambda i: row_of.get(i, -1), otypes=["int32"])(exclude_ids)
-        # The rank of what is excluded is the caller's affair.
+        # The caller handles the ranks of excluded candidates.
         keep = ~(exclude_rows == targets[:, None]).any(axis=1)
     else:
         keep = np.ones(len(queries), bool)
@@ -195,7 +195,7 @@ RANDOM = settings(
 
 @pytest.mark.parametrize("values", [FINITE, INFINITE], ids=["finite", "infinite"])
 @pytest.mark.parametrize(("num_shards", "over_batch_axis"), [(1, False), (3, False), (5, True)])
-def test_lists_and_ranks_are_those_of_a_sort(values, num_shards, over_batch_axis):
+def test_top_k_and_ranks_match_a_sort(values, num_shards, over_batch_axis):
     @RANDOM
     @given(cases(values), st.sampled_from([1, 100, 2**26]))
     def check(case, block_size):
@@ -205,7 +205,7 @@ def test_lists_and_ranks_are_those_of_a_sort(values, num_shards, over_batch_axis
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_lists_and_ranks_without_excluded_rows_are_those_of_a_sort(num_shards):
+def test_top_k_and_ranks_with_excluded_rows_match_a_sort(num_shards):
     @RANDOM
     @given(cases(INFINITE), st.integers(0, 2**32 - 1))
     def check(case, seed):
@@ -218,12 +218,12 @@ def test_lists_and_ranks_without_excluded_rows_are_those_of_a_sort(num_shards):
 @pytest.mark.parametrize(
     ("k", "num_shards", "num_rows"), [(1, 3, 2_999), (10, 1, 2_999), (10, 3, 5_000), (60, 1, 5_000), (60, 3, 2_999)]
 )
-@pytest.mark.parametrize("no_number", [False, True])
-def test_the_search_in_two_levels_is_that_of_a_sort(rng, num_rows, num_shards, k, no_number):
-    """Groups, what is left after the last whole one, many ties, and the way around scores that are no numbers."""
+@pytest.mark.parametrize("with_nan", [False, True])
+def test_the_two_level_search_matches_a_sort(rng, num_rows, num_shards, k, with_nan):
+    """Covers full groups, rows after the last full group, many ties, and the branch for NaN scores."""
     queries, table = small_integers(rng, 70, 3), small_integers(rng, num_rows, 3)
     queries[1] = 0.0
-    if no_number:
+    if with_nan:
         table[rng.choice(num_rows, 200, replace=False), 1] = np.inf
     with np.errstate(invalid="ignore"):
         keys = queries.astype("float64") @ table.T.astype("float64")
@@ -243,9 +243,9 @@ def test_the_search_in_two_levels_is_that_of_a_sort(rng, num_rows, num_shards, k
     np.testing.assert_array_equal(ids, expected)
 
 
-def test_ranks_agree_with_lists_where_scores_are_rounded(rng):
+def test_ranks_agree_with_top_k_for_rounded_scores(rng):
     queries, table = rng.normal(size=(70, 16)).astype("float32"), rng.normal(size=(2_003, 16)).astype("float32")
-    # Equal rows score equally, wherever they are.
+    # Equal rows have equal scores at any position.
     table[1_500:1_800] = table[:300]
     for num_shards in (1, 3):
         search = Search(2_003, layout=layout_of_shards(num_shards, True))
@@ -258,8 +258,8 @@ def test_ranks_agree_with_lists_where_scores_are_rounded(rng):
 @pytest.mark.parametrize(
     ("num_queries", "num_rows"), [(1, 5), (70, 37), (2, 100), (1, 1_683), (70, 1_683), (1, 4_099), (2, 4_099)]
 )
-def test_equal_rows_score_equally_wherever_they_are(rng, num_queries, num_rows):
-    """XLA's product with one query rounds the last rows otherwise than the others."""
+def test_equal_rows_have_equal_scores(rng, num_queries, num_rows):
+    """XLA's matrix product with one query would round the last rows differently."""
     for dimension in (7, 32, 100):
         table = np.tile(rng.normal(size=(1, dimension)), (num_rows, 1)).astype("float32")
         queries, search = rng.normal(size=(num_queries, dimension)).astype("float32"), Search(num_rows)
@@ -271,7 +271,7 @@ def test_equal_rows_score_equally_wherever_they_are(rng, num_queries, num_rows):
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_a_query_that_is_no_number_spoils_no_other(rng, num_shards):
+def test_a_nan_query_does_not_affect_other_queries(rng, num_shards):
     queries, table = small_integers(rng, 5, 3), small_integers(rng, 2_000, 3)
     queries[2, 1] = np.nan
     search = Search(2_000, layout=layout_of_shards(num_shards, True))
@@ -293,8 +293,8 @@ def test_many_ids_may_be_excluded(rng, num_excluded):
     np.testing.assert_array_equal(ids, reference.top_k(queries, table, 10, exclude_ids_by_query=exclude_ids)[1])
 
 
-def test_bfloat16_tables_lose_nothing_but_what_the_inputs_lost(rng):
-    """Sums in bfloat16 would round these near-ties to one score."""
+def test_scores_of_bfloat16_tables_are_summed_in_float32(rng):
+    """Sums in bfloat16 would round these near-ties to equal scores."""
     table = jax.numpy.asarray(1 + rng.integers(-3, 4, (500, 64)) / 128, "bfloat16")
     queries = rng.normal(size=(6, 64)).astype("float32")
     exact = np.asarray(table).astype("float64")
@@ -309,7 +309,7 @@ def test_bfloat16_tables_lose_nothing_but_what_the_inputs_lost(rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, in_parts)
 
 
-def test_recall_target_is_for_accelerators_that_have_the_operation(rng, monkeypatch):
+def test_recall_target_has_an_effect_on_tpus_only(rng, monkeypatch):
     queries, table = rng.normal(size=(4, 8)).astype("float32"), rng.normal(size=(4_000, 8)).astype("float32")
     search = Search(4_000, recall_target=0.9)
     assert "approx_top_k" not in str(jax.make_jaxpr(lambda q, t: searches.top_k(q, t, 10, search))(queries, table))
@@ -323,7 +323,7 @@ def test_recall_target_is_for_accelerators_that_have_the_operation(rng, monkeypa
     jax.clear_caches()
 
 
-# What it costs.
+# Memory and communication.
 
 
 def memory(function, *arguments, **keywords):
@@ -342,7 +342,7 @@ def test_memory_is_bounded_by_the_block():
 
 
 def collectives(function, name, *arguments):
-    """Shapes of what travels between the devices, as `(operation, [dimensions])`."""
+    """Returns the shapes that devices exchange, as `(operation, [dimensions])`."""
     layout = layout_of(name)
     queries, table = placed(layout, np.ones((32, 16), "float32"), np.ones((4000, 16), "float32"))
     text = function.lower(queries, table, *arguments, Search(4000, layout=layout)).compile().as_text()
@@ -361,13 +361,13 @@ def collectives_of_ranks(name):
 
 
 @pytest.mark.parametrize("name", ["replicated", "replicated on two axes"])
-def test_a_replicated_table_needs_no_traffic(name):
+def test_a_replicated_table_needs_no_communication(name):
     assert collectives(searches.top_k, name, 5) == []
     assert collectives_of_ranks(name) == []
 
 
 @pytest.mark.parametrize("name", ["rows over the other axis", "5 shards"])
-def test_only_k_pairs_a_query_and_shard_travel(name):
+def test_split_rows_exchange_only_k_pairs_for_each_query_and_shard(name):
     shape, _, _ = LAYOUTS[name]
     queries_a_device, num_shards = 32 // shape[0], shape[1]
     found = collectives(searches.top_k, name, 5)
@@ -377,7 +377,7 @@ def test_only_k_pairs_a_query_and_shard_travel(name):
         assert np.prod(dims) <= queries_a_device * num_shards * 5
 
 
-def test_one_axis_for_queries_and_rows_moves_queries_and_pairs_alone():
+def test_one_axis_for_queries_and_rows_exchanges_only_queries_and_pairs():
     found = collectives(searches.top_k, "rows over the batch axis", 5)
     assert {operation for operation, _ in found} == {"all-gather", "all-to-all"}
     assert [dims for operation, dims in found if operation == "all-gather"] == [[32, 16]]
@@ -387,7 +387,7 @@ def test_one_axis_for_queries_and_rows_moves_queries_and_pairs_alone():
 
 
 @pytest.mark.parametrize("name", ["rows over the other axis", "rows over the batch axis"])
-def test_ranks_move_the_score_and_the_count_of_each_query(name):
+def test_ranks_exchange_only_a_score_and_a_count_for_each_query(name):
     found = collectives_of_ranks(name)
     gathered = [np.prod(dims) for operation, dims in found if operation == "all-gather"]
     assert sorted(gathered) == ([32, 32 * 16] if name == "rows over the batch axis" else [])

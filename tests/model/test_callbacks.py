@@ -9,7 +9,7 @@ DIMENSION = 4
 
 
 class Model(keras.Model):
-    """Two towers of which that of the candidates has features; notes how stale the index is in validation."""
+    """A query tower and a candidate tower of features. `staleness` measures how stale the index is."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def fit(callbacks, validate=True):
     return staleness.seen
 
 
-def test_an_index_over_a_feature_tower_grows_stale():
+def test_the_index_of_a_feature_tower_becomes_stale_in_training():
     assert min(fit(lambda model: [])) > 0.01
 
 
@@ -67,12 +67,12 @@ def test_the_index_is_fresh_in_validation_and_after_training(validate):
     assert max(seen) == 0
 
 
-def test_it_takes_an_index():
+def test_refresh_candidates_requires_an_index():
     with pytest.raises(TypeError, match="`index` must be a `ShardedBruteForceRetrieval`"):
         RefreshCandidates(keras.layers.Dense(3))
 
 
-def test_a_tied_index_is_left_alone():
+def test_refresh_candidates_skips_the_index_of_an_embedding():
     index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), keras.layers.Embedding(5, 4))
     RefreshCandidates(index).on_test_begin()
     with pytest.raises(ValueError, match="takes no `candidates`"):
@@ -80,7 +80,7 @@ def test_a_tied_index_is_left_alone():
 
 
 @pytest.mark.parametrize("epochs", [None, [2]])
-def test_metrics_of_queries_stand_in_the_history(epochs):
+def test_query_metrics_are_added_to_the_history(epochs):
     model = TwoTowerModel(keras.layers.Embedding(6, 4), keras.layers.Embedding(8, 4), "user_id", "movie_id")
     model.compile(keras.optimizers.Adam(0.1))
     users, positives = {"user_id": np.arange(6)}, np.array([[1, 2], [3, -1], [-1, -1], [0, 7], [5, 4], [6, 2]])

@@ -1,4 +1,4 @@
-"""`TwoTowerModel` with draws from the corpus, and with candidates of earlier batches."""
+"""`TwoTowerModel` with negatives drawn from the corpus, and with candidates of earlier batches."""
 
 import jax
 import keras
@@ -24,7 +24,7 @@ COUNTS = np.arange(1, NUM_MOVIES + 1)
 
 @keras.saving.register_keras_serializable(package="tests")
 class WatchedTask(DistributedTwoTowerTask):
-    """Notes what it is told of the candidates."""
+    """Records the candidates that it is called with."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -60,7 +60,7 @@ def values(told, name):
     return np.asarray(told[name], "float32")
 
 
-def test_draws_and_earlier_candidates_are_negatives_in_training_alone():
+def test_drawn_and_earlier_candidates_are_negatives_only_in_training():
     model = make_model(WatchedTask(remove_accidental_hits=True))
     model({"user_id": DATA["user_id"], "movie_id": DATA["movie_id"]})
     table = model.candidate_tower.embeddings.numpy()
@@ -80,13 +80,13 @@ def test_draws_and_earlier_candidates_are_negatives_in_training_alone():
     share = model.mixed_negatives.sampling_probability(np.arange(NUM_MOVIES), training=False)
     assert np.asarray(first["candidate_mask"])[fresh].all()
     assert not np.asarray(first["candidate_mask"])[fresh.stop :].any()
-    # The counts outweigh the few batches of this test.
+    # The initial counts outweigh the few batches of this test.
     np.testing.assert_allclose(
         values(first, "candidate_sampling_probability")[fresh],
         mixed_sampling_probability(np.asarray(share), 1 / NUM_MOVIES, BATCH, NUM_DRAWN)[ids[fresh]],
         rtol=0.2,
     )
-    # What the memory holds in the second step are the latest candidates of the first, as they were then.
+    # In the second step, the memory holds the most recent candidates of the first, with their embeddings at that time.
     kept = slice(fresh.stop - CAPACITY, fresh.stop)
     in_memory = slice(fresh.stop, None)
     assert np.asarray(second["candidate_mask"])[in_memory].all()
@@ -102,18 +102,18 @@ def test_draws_and_earlier_candidates_are_negatives_in_training_alone():
     assert {len(value) for name, value in told.items() if name.startswith("candidate")} == {BATCH}
 
 
-def test_any_number_of_devices_trains_alike():
+def test_8_devices_train_like_one():
     expected = make_model()
     expected_losses = fit(expected, epochs=3)
     keras.distribution.set_distribution(data_parallel(8))
     model = make_model()
-    # 7 rows for 8 devices: one is padding, and is neither drawn for, counted nor kept.
+    # 7 rows for 8 devices: one row is padding. It is not counted, and the memory does not keep it.
     np.testing.assert_allclose(fit(model, epochs=3), expected_losses, rtol=1e-5)
     for weight, expected_weight in zip(model.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_allclose(weight, expected_weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loaded_model_goes_on_as_if_it_had_never_stopped(tmp_path):
+def test_a_loaded_model_continues_training_as_if_never_saved(tmp_path):
     model = make_model()
     fit(model)
     model.save(tmp_path / "model.keras")
@@ -125,22 +125,28 @@ def test_a_loaded_model_goes_on_as_if_it_had_never_stopped(tmp_path):
     ("arguments", "message"),
     [
         ({"label": "rating"}, "together with `mixed_negatives`, `cross_batch_memory`"),
-        ({"sampling_probability": StreamingSamplingProbability(NUM_MOVIES)}, "Drop the latter"),
-        ({"candidate_features": ["movie_id", "tokens"], "candidate_id": "movie_id"}, "all that the candidate tower"),
+        (
+            {"sampling_probability": StreamingSamplingProbability(NUM_MOVIES)},
+            "Received: `mixed_negatives` and `sampling_probability`. Drop `sampling_probability`",
+        ),
+        (
+            {"candidate_features": ["movie_id", "tokens"], "candidate_id": "movie_id"},
+            r"only feature of the candidate tower. Received: candidate_features=\['movie_id', 'tokens'\]",
+        ),
         (
             {"mixed_negatives": MixedNegatives(StreamingSamplingProbability(NUM_MOVIES + 1), 2)},
             "16 candidates to draw from, for 15 rows",
         ),
     ],
 )
-def test_what_more_negatives_cannot_be_combined_with(arguments, message):
+def test_invalid_combinations_with_additional_negatives_raise(arguments, message):
     towers = [keras.layers.Embedding(rows, DIMENSION) for rows in (NUM_USERS, NUM_MOVIES)]
     names = {"query_features": "user_id", "candidate_features": "movie_id"}
     with pytest.raises(ValueError, match=message):
         TwoTowerModel(*towers, **{**names, **negatives(), **arguments})
 
 
-def test_more_negatives_need_the_ids_of_candidates():
+def test_additional_negatives_need_candidate_ids():
     towers = keras.layers.Embedding(3, 4), keras.Sequential([keras.layers.Embedding(20, 4)])
-    with pytest.raises(ValueError, match="Received: `cross_batch_memory`, and candidate_id=None"):
+    with pytest.raises(ValueError, match=r"`cross_batch_memory` needs candidate ids. Received: candidate_id=None"):
         TwoTowerModel(*towers, "user_id", "movie_id", cross_batch_memory=CrossBatchMemory(4))

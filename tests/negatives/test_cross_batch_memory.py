@@ -12,7 +12,7 @@ DIMENSION = 3
 
 
 def batches_of(rng, sizes):
-    """Batches of embeddings, ids and probabilities, no two rows alike."""
+    """Returns batches of random embeddings, ids and probabilities."""
     return [
         (rng.standard_normal((size, DIMENSION)).astype("float32"), rng.integers(0, 999, size), rng.random(size))
         for size in sizes
@@ -25,11 +25,11 @@ def state_of(layer):
 
 @pytest.mark.parametrize("capacity", [1, 6, 20])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_the_memory_holds_the_latest_candidates(rng, capacity, is_masked):
+def test_memory_holds_the_most_recent_candidates(rng, capacity, is_masked):
     sizes = [4, 4, 9, 4, 9, 4]
     batches = batches_of(rng, sizes)
     masks = [rng.random(size) < 0.6 if is_masked else np.ones(size, bool) for size in sizes]
-    # Padding may be the whole batch.
+    # A batch of padding only.
     masks[3] &= not is_masked
     held = reference.cross_batch_memory([list(zip(*batch, strict=True)) for batch in batches], capacity, masks)
     layer = CrossBatchMemory(capacity)
@@ -51,8 +51,8 @@ def test_the_memory_holds_the_latest_candidates(rng, capacity, is_masked):
 
 
 @pytest.mark.parametrize("extra", [0, 3])
-def test_loss_and_gradient_are_those_of_one_larger_batch(rng, extra):
-    """The gradient flows to the batch's candidates, extra negatives included, and to nothing kept."""
+def test_loss_and_gradient_equal_those_of_one_larger_batch(rng, extra):
+    """The candidates of the batch have a gradient, including extra negatives. Stored embeddings have none."""
     queries = rng.standard_normal((4, DIMENSION)).astype("float32")
     earlier, now = (
         (
@@ -91,12 +91,12 @@ def test_loss_and_gradient_are_those_of_one_larger_batch(rng, extra):
 
     np.testing.assert_allclose(loss, expected(now[0]), rtol=1e-5)
     np.testing.assert_allclose(gradient, reference.gradient(expected, now[0]), atol=1e-5)
-    # Kept embeddings get none; what is kept of the probabilities nobody differentiates by.
+    # Only the gradient of stored embeddings is checked: stored probabilities are constants in training.
     np.testing.assert_array_equal(of_state[0], 0)
 
 
 @pytest.mark.parametrize("training", [False, None])
-def test_outside_of_training_the_batch_is_alone(rng, training):
+def test_memory_is_neither_used_nor_changed_outside_training(rng, training):
     (embeddings, ids, probabilities), other = batches_of(rng, [4, 4])
     layer = CrossBatchMemory(6)
     layer(*other, training=True)
@@ -105,19 +105,19 @@ def test_outside_of_training_the_batch_is_alone(rng, training):
     np.testing.assert_array_equal(result.candidate_embeddings, embeddings)
     np.testing.assert_array_equal(result.candidate_ids, ids)
     np.testing.assert_array_equal(result.candidate_mask, [True] * 4)
-    # And may lack what batches of training have.
+    # Outside training, arguments that training batches have may be missing.
     assert layer(embeddings, training=training)[1:3] == (None, None)
     for name, value in state_of(layer).items():
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_warm_up_fills_and_does_not_use(rng):
+def test_warmup_fills_the_memory_without_using_it(rng):
     layer = CrossBatchMemory(4, warmup_steps=2)
     used = [np.asarray(layer(rows, training=True).candidate_mask)[2:] for rows, _, _ in batches_of(rng, [2] * 4)]
     np.testing.assert_array_equal(used, [[False] * 4, [False] * 4, [True] * 4, [True] * 4])
 
 
-def test_what_is_optional_may_be_left_out(rng):
+def test_ids_and_probabilities_are_optional(rng):
     layer = CrossBatchMemory(2)
     for rows, _, _ in batches_of(rng, [3, 3]):
         result = layer(rows, training=True)
@@ -126,7 +126,7 @@ def test_what_is_optional_may_be_left_out(rng):
     assert result.candidate_embeddings.shape == (5, DIMENSION)
 
 
-def test_the_memory_is_float32_and_gives_what_it_is_given(rng):
+def test_memory_is_float32_and_output_has_the_dtype_of_the_input(rng):
     keras.config.set_dtype_policy("mixed_bfloat16")
     layer = CrossBatchMemory(3)
     rows = rng.standard_normal((3, DIMENSION)).astype("float32")
@@ -138,7 +138,7 @@ def test_the_memory_is_float32_and_gives_what_it_is_given(rng):
     np.testing.assert_array_equal(result.candidate_sampling_probability, np.full(6, 0.3, "float32"))
 
 
-def test_padding_may_be_anything(rng):
+def test_nan_padding_is_not_stored(rng):
     layer = CrossBatchMemory(4)
     rows = rng.standard_normal((3, DIMENSION)).astype("float32")
     rows[1] = np.nan
@@ -160,7 +160,7 @@ def trained(distribution, epochs=2):
     return model, losses, model.evaluate(users, movies, batch_size=16, verbose=0)
 
 
-def test_any_number_of_devices_trains_the_same():
+def test_training_does_not_depend_on_the_number_of_devices():
     model, losses, evaluated = trained(None)
     expected = state_of(model.memory)
     assert expected["num_filled"] == 21
@@ -173,7 +173,7 @@ def test_any_number_of_devices_trains_the_same():
         np.testing.assert_allclose(parallel.movie_embedding.embeddings, model.movie_embedding.embeddings, atol=1e-6)
 
 
-def test_the_loss_of_an_evaluation_is_that_of_the_batch():
+def test_evaluation_loss_does_not_use_the_memory():
     model, _, evaluated = trained(None, epochs=1)
     model.memory = None
     rng = np.random.default_rng(2)
@@ -182,12 +182,12 @@ def test_the_loss_of_an_evaluation_is_that_of_the_batch():
     np.testing.assert_allclose(model.evaluate(users, movies, batch_size=16, verbose=0), evaluated, rtol=1e-6)
 
 
-def test_a_loaded_model_goes_on_identically(tmp_path):
+def test_loaded_model_continues_training_identically(tmp_path):
     model, _, _ = trained(None, epochs=1)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.memory.get_config() == model.memory.get_config()
-    # It knows what the batches before had.
+    # The loaded memory knows which arguments earlier batches had.
     with pytest.raises(ValueError, match="candidate_ids"):
         loaded.memory(np.ones((2, 4), "float32"), training=True)
     users, movies = np.arange(16), np.arange(16) % 12
@@ -198,7 +198,7 @@ def test_a_loaded_model_goes_on_identically(tmp_path):
     np.testing.assert_array_equal(loaded.movie_embedding.embeddings, model.movie_embedding.embeddings)
 
 
-def test_a_functional_model_leaves_the_number_of_candidates_open(rng):
+def test_functional_model_does_not_fix_the_number_of_candidates(rng):
     inputs = [keras.Input((DIMENSION,)), keras.Input((), dtype="int32"), keras.Input(())]
     kept = CrossBatchMemory(4)(*inputs)
     loss = DistributedTwoTowerTask(remove_accidental_hits=True)(inputs[0], **kept._asdict())
@@ -214,13 +214,13 @@ def test_a_functional_model_leaves_the_number_of_candidates_open(rng):
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 2.5, True, "8"])
-def test_a_capacity_is_a_positive_int(capacity):
+def test_capacity_must_be_a_positive_int(capacity):
     with pytest.raises(ValueError, match="capacity"):
         CrossBatchMemory(capacity)
 
 
 @pytest.mark.parametrize("warmup_steps", [-1, 2.5, True])
-def test_warm_up_is_a_number_of_steps(warmup_steps):
+def test_warmup_steps_must_be_an_int_of_at_least_0(warmup_steps):
     with pytest.raises(ValueError, match="warmup_steps"):
         CrossBatchMemory(4, warmup_steps=warmup_steps)
 
@@ -240,7 +240,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_refused_and_changes_nothing(case):
+def test_inconsistent_arguments_raise_and_leave_the_memory_unchanged(case):
     arguments, error, match = WRONG[case]
     right = {
         "candidate_embeddings": np.ones((3, DIMENSION), "float32"),
@@ -256,14 +256,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(case):
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_what_was_missing_before_is_refused():
+def test_argument_missing_in_earlier_batches_raises():
     layer = CrossBatchMemory(4)
     layer(np.ones((3, DIMENSION), "float32"), training=True)
-    with pytest.raises(ValueError, match="after batches without"):
+    with pytest.raises(ValueError, match="after batches without it"):
         layer(np.ones((3, DIMENSION), "float32"), candidate_ids=np.arange(3), training=True)
 
 
-def test_an_empty_batch_leaves_the_memory_as_it_is():
+def test_empty_batch_leaves_the_memory_unchanged():
     memory = CrossBatchMemory(3)
     memory(np.ones((2, 4), "float32"), candidate_ids=np.array([5, 6]), training=True)
     before = memory.get_weights()

@@ -25,7 +25,7 @@ def state_of(layer):
 
 
 @pytest.mark.parametrize("exclude_ids", [(), (0,), (2, 3, 7, 11)])
-def test_probabilities_are_those_of_the_mixture(rng, exclude_ids):
+def test_probabilities_are_those_of_the_mixture_distribution(rng, exclude_ids):
     counts = rng.random(12)
     layer = MixedNegatives(StreamingSamplingProbability(12, counts=counts), 40, exclude_ids=exclude_ids)
     batch = np.array([3, 0, 3, 11, 5])
@@ -38,7 +38,7 @@ def test_probabilities_are_those_of_the_mixture(rng, exclude_ids):
     np.testing.assert_allclose(result.candidate_sampling_probability, expected, rtol=1e-5)
 
 
-def test_padding_is_no_draw(rng):
+def test_padding_does_not_count_as_a_draw(rng):
     counts = rng.random(12)
     layer = MixedNegatives(StreamingSamplingProbability(12, counts=counts), 6)
     mask = np.array([True, False, True, False])
@@ -48,7 +48,7 @@ def test_padding_is_no_draw(rng):
     np.testing.assert_allclose(result.candidate_sampling_probability, expected, rtol=1e-5)
 
 
-def test_the_batch_counts_once_and_before_it_is_asked_for(rng):
+def test_batch_is_counted_once_before_probabilities_are_computed(rng):
     layer = MixedNegatives(StreamingSamplingProbability(9, window=30), 50)
     batches = rng.integers(0, 9, (3, 8))
     masks = rng.random((3, 8)) < 0.8
@@ -60,19 +60,19 @@ def test_the_batch_counts_once_and_before_it_is_asked_for(rng):
 
 
 @pytest.mark.parametrize("exclude_ids", [(), (0, 1, 5, 19)])
-def test_draws_are_uniform_over_what_is_not_left_out(exclude_ids):
+def test_draws_are_uniform_over_ids_that_are_not_excluded(exclude_ids):
     layer = MixedNegatives(StreamingSamplingProbability(20), 20_000, seed=3, exclude_ids=exclude_ids)
     result = layer(np.array([1]), training=True)
     shares = np.bincount(np.asarray(result.candidate_ids)[1:], minlength=20) / 20_000
     expected = np.ones(20)
     expected[list(exclude_ids)] = 0
     expected /= expected.sum()
-    # Five standard deviations.
+    # The tolerance is five standard deviations.
     np.testing.assert_allclose(shares, expected, atol=5 * np.sqrt(expected.max() / 20_000))
     np.testing.assert_array_equal(shares[list(exclude_ids)], 0)
 
 
-def test_each_batch_has_other_draws_and_a_seed_the_same():
+def test_draws_differ_between_batches_and_repeat_with_the_seed():
     layers = [MixedNegatives(StreamingSamplingProbability(1000), 30, seed=seed) for seed in (5, 5, 6)]
     draws = [[np.asarray(layer(np.array([1]), training=True).candidate_ids) for _ in range(2)] for layer in layers]
     np.testing.assert_array_equal(draws[0], draws[1])
@@ -81,7 +81,7 @@ def test_each_batch_has_other_draws_and_a_seed_the_same():
 
 
 @pytest.mark.parametrize("training", [False, None])
-def test_outside_of_training_the_batch_is_alone(training):
+def test_nothing_is_drawn_or_counted_outside_training(training):
     layer = MixedNegatives(StreamingSamplingProbability(4, counts=[4, 0, 1, 3]), 3)
     before = state_of(layer)
     result = layer(np.array([3, 0, 2]), training=training)
@@ -92,14 +92,15 @@ def test_outside_of_training_the_batch_is_alone(training):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_without_draws_there_is_no_probability():
+def test_probability_without_draws_is_zero():
     np.testing.assert_array_equal(mixed_sampling_probability(np.array([0.5, 0.1]), 0.1, 0, 0), [0, 0])
 
 
-def test_mixed_negatives_come_closer_to_the_full_softmax_than_either_kind():
-    """Half of the queries favour popular candidates, as much as those are popular; the other half do not care.
+def test_mixed_negatives_approximate_the_full_softmax_better_than_either_kind():
+    """Half of the queries prefer candidates in proportion to their popularity; the other half ignore popularity.
 
-    The task's gradient by the scores is compared with that of the softmax over the corpus, for equally many candidates.
+    The test compares the task's gradient with respect to the scores with that of the softmax over the corpus. Each kind
+    of negatives has the same number of candidates per query.
     """
     num_candidates, batch, num_negatives = 400, 32, 32
     rng = np.random.default_rng(0)
@@ -113,7 +114,7 @@ def test_mixed_negatives_come_closer_to_the_full_softmax_than_either_kind():
 
     @jax.jit
     def gradient(ids, probability, score_mask):
-        # With the corpus's rows of the unit matrix for embeddings, a query is the vector of its scores.
+        # Candidate embeddings are rows of the identity matrix, so a query embedding is the vector of its scores.
         return jax.grad(
             lambda queries: task(
                 queries,
@@ -134,7 +135,7 @@ def test_mixed_negatives_come_closer_to_the_full_softmax_than_either_kind():
         in_batch, uniform = np.concatenate([positives, more]), np.concatenate([positives, uniform])
         mixed = layer(positives, training=True)
         everything = np.ones((batch, batch + num_negatives), bool)
-        # Of the batch, each query sees its own positive.
+        # Among the candidates of the batch, each query sees only its positive.
         own = np.concatenate([np.eye(batch, dtype=bool), np.ones((batch, len(uniform) - batch), bool)], axis=1)
         drawn = {
             "in-batch": (in_batch, popularity[in_batch].astype("float32"), everything),
@@ -144,7 +145,7 @@ def test_mixed_negatives_come_closer_to_the_full_softmax_than_either_kind():
         expected = (full - corpus[positives]) / batch
         for kind, arguments in drawn.items():
             errors[kind].append(np.sum((gradient(*arguments) - expected) ** 2))
-            # The uniform draws are those behind the batch.
+            # The uniform draws follow the candidates of the batch.
             ids, probability = (np.asarray(part)[batch if kind == "uniform" else 0 :] for part in arguments[:2])
             estimate = np.log(np.mean(np.exp(scores[:, ids]) / probability, axis=1))
             errors_of_partition[kind].append(np.mean((estimate - log_partition) ** 2))
@@ -166,8 +167,8 @@ def trained(distribution):
     return model, losses, model.evaluate(users, movies, batch_size=16, verbose=0)
 
 
-def test_two_devices_train_as_one_does():
-    """Together with a memory."""
+def test_training_on_two_devices_equals_training_on_one():
+    """The model also has a `CrossBatchMemory`."""
     model, losses, evaluated = trained(None)
     parallel, parallel_losses, parallel_evaluated = trained(data_parallel(2))
     np.testing.assert_allclose([*parallel_losses, parallel_evaluated], [*losses, evaluated], rtol=1e-5)
@@ -175,7 +176,7 @@ def test_two_devices_train_as_one_does():
         np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=value.path)
 
 
-def test_a_loaded_model_goes_on_identically(tmp_path):
+def test_loaded_model_draws_identically(tmp_path):
     model, _, _ = trained(None)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -210,11 +211,11 @@ def test_counts_are_saved(tmp_path):
         ({"num_negatives": 1.5}, ValueError, "num_negatives"),
         ({"exclude_ids": [5]}, ValueError, "exclude_ids"),
         ({"exclude_ids": [-1]}, ValueError, "exclude_ids"),
-        ({"exclude_ids": range(5)}, ValueError, "leave something"),
+        ({"exclude_ids": range(5)}, ValueError, "leave at least one candidate to draw"),
         ({"exclude_ids": [0.5]}, TypeError, "exclude_ids"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, error, match):
+def test_invalid_constructor_arguments_raise(arguments, error, match):
     with pytest.raises(error, match=match):
         MixedNegatives(**{"sampling_probability": StreamingSamplingProbability(5), "num_negatives": 2, **arguments})
 
@@ -228,7 +229,7 @@ def test_wrong_arguments_are_refused(arguments, error, match):
         (np.arange(3), np.array([True]), ValueError, "candidate_mask"),
     ],
 )
-def test_wrong_batches_are_refused_and_draw_nothing(ids, mask, error, match):
+def test_invalid_batches_raise_and_draw_nothing(ids, mask, error, match):
     layer = MixedNegatives(StreamingSamplingProbability(5), 2)
     before = state_of(layer)
     with pytest.raises(error, match=match):
@@ -237,7 +238,7 @@ def test_wrong_batches_are_refused_and_draw_nothing(ids, mask, error, match):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_an_id_beyond_the_last_has_no_probability():
+def test_probability_of_an_id_out_of_range_is_nan():
     layer = MixedNegatives(StreamingSamplingProbability(3, counts=[1, 1, 1]), 2, exclude_ids=[2])
     result = layer(np.array([3, 1, -1]), training=True)
     np.testing.assert_array_equal(np.isnan(result.candidate_sampling_probability), [True, False, True, False, False])

@@ -14,7 +14,7 @@ def state_of(layer):
 
 
 def count(layer, batches):
-    """Counts `[num_batches, batch]` ids in one program; returns what each call did."""
+    """Counts `[num_batches, batch]` ids in one compiled program and returns the result of each call."""
 
     @jax.jit
     def run(state, batches):
@@ -35,7 +35,7 @@ def zipf(num_candidates):
     return probabilities / probabilities.sum()
 
 
-def test_the_most_frequent_of_a_long_tail_are_estimated_to_a_tenth(rng):
+def test_frequent_candidates_of_a_long_tail_have_the_documented_error(rng):
     probabilities = zipf(10_000)
     places = rng.permutation(10_000)
     batches = places[np.searchsorted(probabilities.cumsum() / probabilities.sum(), rng.random((3_000, 1_000)))]
@@ -44,14 +44,14 @@ def test_the_most_frequent_of_a_long_tail_are_estimated_to_a_tenth(rng):
     estimated = np.asarray(layer(places[:100]))
     relative = estimated / probabilities[:100] - 1
     assert np.abs(relative).max() < 0.1
-    # The error that the layer's documentation promises: neither noisier, nor bound to less than the window.
+    # The documented error: a larger one means more noise, a smaller one a window longer than documented.
     promised = 1 / np.sqrt(2 * 1_000_000 * probabilities[:100])
     assert 0.75 < np.sqrt(np.mean((relative / promised) ** 2)) < 1.25
     np.testing.assert_allclose(np.sum(layer(np.arange(10_000, dtype="int32"))), 1, rtol=1e-3)
 
 
-def test_it_follows_a_shift(rng):
-    """Half of the candidates vanish after 100 batches, as many appear, and the others stay."""
+def test_estimate_follows_a_shift_of_the_distribution(rng):
+    """After 100 batches, half of the candidates disappear and as many new ones appear."""
     before = rng.integers(0, 40, (100, 500)).astype("int32")
     after = rng.integers(20, 60, (100, 500)).astype("int32")
     layer, window = StreamingSamplingProbability(60, window=10_000), 10_000
@@ -63,7 +63,7 @@ def test_it_follows_a_shift(rng):
     for part in np.split(after, 5):
         count(layer, part)
         now = np.asarray(layer(np.arange(60, dtype="int32")))
-        # Unseen, a share fades by the examples alone.
+        # The share of a candidate that no longer occurs decays with the number of examples.
         np.testing.assert_allclose(now[:20], last[:20] * np.exp(-part.size / window), rtol=1e-2)
         assert now[40:].sum() > last[40:].sum()
         last = now
@@ -73,12 +73,12 @@ def test_it_follows_a_shift(rng):
 
 @pytest.mark.parametrize("window", [1, 30, 5_000])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_estimates_are_those_of_a_moving_average(rng, window, is_masked):
+def test_estimates_match_the_moving_average_of_the_reference(rng, window, is_masked):
     batches = rng.integers(0, 12, (20, 16)).astype("int32")
     batches[3], batches[7] = 5, np.repeat([2, 9], 8)
     masks = rng.random((20, 16)) < 0.6 if is_masked else None
     if is_masked:
-        # Padding may be the whole batch, also the first.
+        # Batches of padding only, including the first.
         masks[0] = masks[11] = False
     layer = StreamingSamplingProbability(13, window=window)
     expected = reference.sampling_probability(batches, 13, window, masks)
@@ -90,8 +90,8 @@ def test_estimates_are_those_of_a_moving_average(rng, window, is_masked):
         np.testing.assert_allclose(layer(np.arange(13)), expected[number], rtol=1e-4, atol=1e-9)
 
 
-def test_small_batches_in_a_large_window_are_not_rounded_away(rng):
-    """Each of these batches has but 1e-5 of the window."""
+def test_small_batches_in_a_large_window_are_not_lost_to_rounding(rng):
+    """Each of these batches is only 1e-5 of the window."""
     batches = rng.integers(0, 6, (3_000, 10)).astype("int32")
     batches[:, 0] = 0
     layer = StreamingSamplingProbability(6, window=1_000_000)
@@ -100,7 +100,7 @@ def test_small_batches_in_a_large_window_are_not_rounded_away(rng):
     np.testing.assert_allclose(layer(np.arange(6)), expected, rtol=0.02)
 
 
-def test_batches_may_differ_in_size(rng):
+def test_batches_can_differ_in_size(rng):
     batches = [rng.integers(0, 5, size) for size in (1, 30, 1, 7)]
     layer = StreamingSamplingProbability(5, window=20)
     for batch in batches:
@@ -111,7 +111,7 @@ def test_batches_may_differ_in_size(rng):
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 8])
-def test_any_number_of_devices_estimates_the_same(rng, num_devices):
+def test_estimates_do_not_depend_on_the_number_of_devices(rng, num_devices):
     batches = rng.integers(0, 12, (6, 24)).astype("int32")
     masks = rng.random((6, 24)) < 0.8
     expected = reference.sampling_probability(batches, 12, 100, masks)
@@ -128,14 +128,14 @@ def test_any_number_of_devices_estimates_the_same(rng, num_devices):
         ids, mask = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch")))
         result, state = step(state, ids, mask)
         np.testing.assert_allclose(result, expected[number][batches[number]], rtol=1e-5, atol=1e-7)
-        # And outside of a program.
+        # The same call in eager mode.
         np.testing.assert_allclose(layer(ids, candidate_mask=mask, training=True), result, rtol=1e-6)
     for value, variable in zip(state, layer.non_trainable_variables, strict=True):
         np.testing.assert_allclose(value, variable.value, rtol=1e-6, atol=1e-7)
         assert variable.value.sharding.is_fully_replicated
 
 
-def test_inference_changes_nothing(rng):
+def test_inference_does_not_change_the_estimate(rng):
     layer = StreamingSamplingProbability(8, window=50)
     np.testing.assert_array_equal(layer(np.arange(8)), 0)
     layer(np.array([3, 0, 3, 1]), training=True)
@@ -147,7 +147,7 @@ def test_inference_changes_nothing(rng):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_padding_counts_for_nothing(rng):
+def test_padding_is_not_counted(rng):
     ids, padded = np.array([1, 2, 2]), np.array([1, 2, 2, 2, 4, 4])
     layers = [StreamingSamplingProbability(5, window=10) for _ in range(2)]
     for _ in range(3):
@@ -158,7 +158,7 @@ def test_padding_counts_for_nothing(rng):
 
 
 @pytest.mark.parametrize("counts", [[4, 0, 1, 3], np.array([4, 0, 1, 3], "int64"), np.array([1.0, 0.0, 0.25, 0.75])])
-def test_counts_are_exact_and_stay(counts):
+def test_probabilities_from_counts_are_exact_and_fixed(counts):
     layer = StreamingSamplingProbability(4, counts=counts)
     for training in (False, True, True):
         result = layer(np.array([3, 0, 1, 0, 2]), training=training)
@@ -167,7 +167,7 @@ def test_counts_are_exact_and_stay(counts):
     assert layer.trainable_weights == []
 
 
-def test_counts_may_be_larger_than_a_float_holds_exactly():
+def test_counts_can_be_larger_than_float32_represents_exactly():
     layer = StreamingSamplingProbability(2, counts=[2**40 + 1, 2**40 - 1])
     np.testing.assert_allclose(layer(np.arange(2)), [0.5, 0.5], rtol=1e-7)
 
@@ -191,7 +191,7 @@ def model_of(layer):
     return keras.Model(ids, layer(ids))
 
 
-def test_a_loaded_model_goes_on_identically(tmp_path, rng):
+def test_loaded_model_continues_counting_identically(tmp_path, rng):
     batches = rng.integers(0, 12, (6, 16)).astype("int32")
     model = model_of(StreamingSamplingProbability(12, window=40, name="sampling"))
     assert model.output.shape == (None,)
@@ -216,7 +216,7 @@ def test_counts_are_saved(tmp_path):
     np.testing.assert_array_equal(loaded(np.arange(4), training=True), [0.5, 0, 0.125, 0.375])
 
 
-def test_a_config_makes_a_layer_without_state():
+def test_layer_from_config_has_no_state():
     layer = StreamingSamplingProbability(6, window=7, name="sampling")
     layer(np.arange(6), training=True)
     restored = StreamingSamplingProbability.from_config(layer.get_config())
@@ -224,8 +224,8 @@ def test_a_config_makes_a_layer_without_state():
     np.testing.assert_array_equal(restored(np.arange(6)), 0)
 
 
-def test_the_count_of_examples_may_wrap_around(rng):
-    """The same stream, beginning at 0 and right below the largest int32."""
+def test_count_of_examples_can_wrap_around(rng):
+    """The same stream, with a count that starts at 0 and one that starts just below the largest int32."""
     batches = rng.integers(0, 12, (12, 16)).astype("int32")
     layer, late = (StreamingSamplingProbability(12, window=40) for _ in range(2))
     late.now.assign(2**31 - 50)
@@ -236,8 +236,8 @@ def test_the_count_of_examples_may_wrap_around(rng):
     assert int(late.now) < 0 < int(layer.now)
 
 
-def test_what_has_not_been_seen_for_long_stays_forgotten():
-    """More than 2**31 examples, whose difference no int32 holds."""
+def test_probability_stays_zero_after_more_than_int32_examples():
+    """The candidates last occurred more than 2**31 examples ago, a difference that int32 cannot represent."""
     layer = StreamingSamplingProbability(2, window=1_000)
     layer(np.array([0, 1]), training=True)
     layer.now.assign(np.array(3_000_000_000, "uint32").astype("int32"))
@@ -269,7 +269,7 @@ def test_what_has_not_been_seen_for_long_stays_forgotten():
         ({"counts": [0, 0, 0]}, ValueError, "3 zeros"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, error, words):
+def test_invalid_constructor_arguments_raise(arguments, error, words):
     with pytest.raises(error, match=words):
         StreamingSamplingProbability(**{"num_candidates": 3, **arguments})
 
@@ -285,35 +285,35 @@ def test_bad_arguments_are_refused(arguments, error, words):
         ([0, 2**31], ValueError, "2147483648"),
     ],
 )
-def test_bad_ids_are_refused_before_they_count(ids, error, words):
+def test_invalid_ids_raise_and_are_not_counted(ids, error, words):
     layer = StreamingSamplingProbability(3)
     with pytest.raises(error, match=words):
         layer(ids, training=True)
     assert all((value == 0).all() for value in state_of(layer))
 
 
-def test_an_id_beyond_the_last_is_no_number():
+def test_probability_of_an_id_above_the_range_is_nan():
     layer = StreamingSamplingProbability(3)
     layer(np.array([0, 1]), training=True)
     np.testing.assert_allclose(layer(np.array([0, 3, 1])), [0.5, np.nan, 0.5], rtol=1e-6)
 
 
-def test_a_negative_id_is_no_number():
+def test_probability_of_a_negative_id_is_nan():
     layer = StreamingSamplingProbability(3)
     np.testing.assert_allclose(layer(np.array([0, -1]), training=True), [1.0, np.nan])
 
 
-def test_a_mask_of_another_length_is_refused():
+def test_mask_of_another_length_raises():
     with pytest.raises(ValueError, match="candidate_mask"):
         StreamingSamplingProbability(4)(np.array([1, 3, 3]), candidate_mask=np.array([True]), training=True)
 
 
-def test_a_window_may_be_far_larger_than_a_batch():
+def test_window_can_be_far_larger_than_a_batch():
     layer = StreamingSamplingProbability(4, window=1e9)
     np.testing.assert_allclose(layer(np.array([0, 1, 1, 3]), training=True), [0.25, 0.5, 0.5, 0.25], rtol=1e-5)
 
 
-def test_batches_of_many_sizes_weigh_what_they_are_in_a_large_window(rng):
+def test_masked_batches_have_the_right_weight_in_a_large_window(rng):
     batches, masks = rng.integers(0, 12, (20, 16)).astype("int32"), rng.random((20, 16)) < 0.6
     layer = StreamingSamplingProbability(12, window=1_000_000)
     for batch, mask in zip(batches, masks, strict=True):
@@ -322,8 +322,8 @@ def test_batches_of_many_sizes_weigh_what_they_are_in_a_large_window(rng):
     np.testing.assert_allclose(layer(np.arange(12)), expected, rtol=1e-4)
 
 
-def test_rounding_does_not_add_up(rng):
-    """Candidate 0 is half of every batch."""
+def test_rounding_errors_do_not_accumulate(rng):
+    """Candidate 0 is half of each batch."""
     batches = rng.integers(1, 101, (50_000, 64)).astype("int32")
     batches[:, :32] = 0
     layer = StreamingSamplingProbability(101, window=1_000_000)

@@ -34,7 +34,7 @@ def test_a_table_keeps_its_layout_after_the_scope():
     assert layout.table_layout(variable).batch_axis == "batch"
 
 
-def test_split_rows_changes_the_layout_and_not_the_values():
+def test_split_rows_changes_the_layout_but_not_the_values():
     keras.distribution.set_distribution(data_parallel(8))
     variable = table()
     values = np.asarray(variable.value)
@@ -45,7 +45,7 @@ def test_split_rows_changes_the_layout_and_not_the_values():
     assert variable.value.addressable_shards[0].data.shape == (1, 4)
 
 
-def test_rows_that_do_not_divide_are_refused_and_stay_whole():
+def test_split_rows_raises_for_an_indivisible_number_of_rows():
     keras.distribution.set_distribution(data_parallel(8))
     variable = table(9)
     with pytest.raises(ValueError, match=r"9 rows of .* for 8 devices.*ShardedEmbedding"):
@@ -53,7 +53,7 @@ def test_rows_that_do_not_divide_are_refused_and_stay_whole():
     assert variable.value.addressable_shards[0].data.shape == (9, 4)
 
 
-def test_rows_that_do_not_divide_stay_whole_with_a_warning_while_a_file_loads(monkeypatch):
+def test_split_rows_warns_for_an_indivisible_number_of_rows_during_loading(monkeypatch):
     keras.distribution.set_distribution(data_parallel(8))
     variable = table(9)
     monkeypatch.setattr(layout._keras, "is_loading", lambda: True)
@@ -62,7 +62,7 @@ def test_rows_that_do_not_divide_stay_whole_with_a_warning_while_a_file_loads(mo
     assert variable.value.addressable_shards[0].data.shape == (9, 4)
 
 
-def test_an_axis_that_the_mesh_lacks_is_refused_where_a_user_names_it():
+def test_an_unknown_mesh_axis_raises():
     layout.check_mesh_axis("model")
     keras.distribution.set_distribution(data_parallel(8))
     layout.check_mesh_axis("batch")
@@ -71,13 +71,13 @@ def test_an_axis_that_the_mesh_lacks_is_refused_where_a_user_names_it():
         layout.check_mesh_axis("model")
 
 
-def test_the_axis_of_rows_is_the_one_asked_for_or_that_of_the_layout_map():
+def test_the_axis_of_rows_is_the_requested_axis_or_follows_the_layout_map():
     assert layout.axis_of_rows("batch", "table") is None
     assert layout.axis_size(None) == 1
     keras.distribution.set_distribution(data_parallel(8))
     assert layout.axis_of_rows("batch", "table") == "batch"
     assert layout.axis_size("batch") == 8
-    # A loaded model may name an axis of another mesh.
+    # The axis of a loaded model may belong to another mesh.
     assert layout.axis_of_rows("model", "table") is None
     assert layout.axis_of_rows(None, "table") is None
     keras.distribution.set_distribution(model_parallel((2, 3), pattern="tab.*"))

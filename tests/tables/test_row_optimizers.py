@@ -10,7 +10,7 @@ from keras_rs_contrib.tables import row_optimizers, row_update
 
 KINDS = {"sgd": RowSGD, "adagrad": RowAdagrad, "rowwise_adagrad": RowWiseAdagrad, "lazy_adam": LazyAdam}
 NUM_ROWS, DIMENSION = 11, 3
-# Unsorted, each with duplicates, rows of the step before and rows that are new; -1 and 10 are one row.
+# Unsorted ids with duplicates. Some rows repeat from the previous step, some are new. -1 and 10 are the same row.
 STEPS = [
     [[7, 2, 7], [0, 10, -1]],
     [[2, 2, 2], [2, 2, 2]],
@@ -20,7 +20,7 @@ STEPS = [
 
 
 def step_of(optimizer, num_rows=NUM_ROWS):
-    """A compiled step of the gradients of each id, and what is looked up."""
+    """Returns a compiled step: from gradients for each id to the table after the step and the looked-up rows."""
 
     def step(table, ids, gradients, learning_rate, number):
         def loss(table):
@@ -62,7 +62,7 @@ def test_the_gradient_is_the_table_after_the_step(kind, clipnorm, rng):
         expected = reference.row_optimizer_step(
             kind, *expected, ids, gradients, learning_rate=learning_rate, step=number, clipnorm=clipnorm
         )
-        # Keras too has 1 - 0.999 in float32, of which five digits are right.
+        # As in Keras, 1 - 0.999 is computed in float32, which gives about five correct digits.
         assert_close(table, expected, rtol=1e-4, atol=1e-5 if kind == "lazy_adam" else 1e-6)
 
 
@@ -75,7 +75,7 @@ def test_the_gradient_is_the_table_after_the_step(kind, clipnorm, rng):
         ("lazy_adam", {"beta_1": 0.0, "beta_2": 0.0}),
     ],
 )
-def test_the_settings_are_those_of_the_formula(kind, arguments, rng):
+def test_settings_follow_the_formula(kind, arguments, rng):
     own = {} if kind == "lazy_adam" else {"initial_accumulator_value": 0.7}
     optimizer = KINDS[kind](0.3, **arguments, **own)
     step, table = step_of(optimizer), new_table(optimizer, rng)
@@ -92,7 +92,7 @@ def test_the_settings_are_those_of_the_formula(kind, arguments, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_id_without_a_row_is_nan_and_changes_nothing(kind, rng):
+def test_an_id_out_of_range_returns_nan_and_changes_no_row(kind, rng):
     optimizer = KINDS[kind]()
     step, table = step_of(optimizer), new_table(optimizer, rng)
     for outside in (NUM_ROWS, -NUM_ROWS - 1, 2**31 - 1, -(2**31)):
@@ -102,7 +102,7 @@ def test_an_id_without_a_row_is_nan_and_changes_nothing(kind, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_outside_of_the_batch_stay_bit_for_bit(kind, rng):
+def test_rows_outside_the_batch_do_not_change(kind, rng):
     optimizer = KINDS[kind]()
     table = new_table(optimizer, rng)
     after, _ = step_of(optimizer)(table, jnp.array([4, 4]), np.ones((2, DIMENSION), "float32"), 0.1, 1.0)
@@ -111,8 +111,8 @@ def test_rows_outside_of_the_batch_stay_bit_for_bit(kind, rng):
     assert not np.array_equal(after.embeddings[4], table.embeddings[4])
 
 
-def test_padding_has_no_ids(rng):
-    # Rows on the mesh beyond those of the table are out of range, and a negative id counts from the last row shown.
+def test_padding_rows_cannot_be_looked_up(rng):
+    # Ids of padding rows are out of range, and negative ids count from the last row without padding.
     optimizer = RowSGD()
     table = new_table(optimizer, rng)
     rows = step_of(optimizer, num_rows=8)(table, jnp.array([8, 7, -1]), np.zeros((3, DIMENSION)), 0.1, 1.0)[1]
@@ -136,7 +136,7 @@ def test_ids_of_any_integer_dtype(dtype, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_ids_change_nothing(kind, rng):
+def test_an_empty_batch_changes_nothing(kind, rng):
     optimizer = KINDS[kind]()
     table = new_table(optimizer, rng)
     after, rows = step_of(optimizer)(table, jnp.zeros((0, 2), "int32"), np.zeros((0, 2, DIMENSION)), 0.1, 1.0)
@@ -144,8 +144,8 @@ def test_no_ids_change_nothing(kind, rng):
     jax.tree.map(np.testing.assert_array_equal, after, table)
 
 
-def test_a_bfloat16_table_has_sums_and_slots_in_float32(rng):
-    # 256 gradients of 1 and 1 of 256: in bfloat16 their sum stops growing at 256.
+def test_a_bfloat16_table_has_float32_gradient_sums_and_slots(rng):
+    # 512 gradients of 1: their sum in bfloat16 would stop growing at 256.
     optimizer = RowAdagrad(1.0)
     table = new_table(optimizer, rng, dtype="bfloat16")
     gradients = jnp.ones((512, DIMENSION), "bfloat16")
@@ -155,17 +155,17 @@ def test_a_bfloat16_table_has_sums_and_slots_in_float32(rng):
     np.testing.assert_allclose(after.slots["accumulator"][5], 512.0**2 + 0.1)
 
 
-def test_clipping_bears_gradients_of_any_length():
+def test_clipping_handles_gradients_of_any_norm():
     optimizer = RowSGD(1.0, clipnorm=2.0)
     gradients = np.array([[0, 0, 0], [3, 4, 0], [0, 1e-30, 0], [0, 2, 0], [1e18, 0, 0]], "float32")
     expected = np.array([[0, 0, 0], [1.2, 1.6, 0], [0, 1e-30, 0], [0, 2, 0], [2, 0, 0]], "float32")
     np.testing.assert_allclose(optimizer.clip(gradients), expected, rtol=1e-6)
 
 
-# What an optimizer is made of.
+# Configuration.
 
 
-def test_names_and_defaults_are_those_of_keras():
+def test_names_and_defaults_match_keras():
     for name, kind in KINDS.items():
         assert type(row_optimizers.get(name)) is kind
     for ours, theirs in [
@@ -191,14 +191,14 @@ SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
         LazyAdam(SCHEDULE, beta_1=0.5, beta_2=0.6, epsilon=0.1),
     ],
 )
-def test_it_is_what_its_config_says(optimizer):
+def test_config_round_trip(optimizer):
     copy = row_optimizers.get(keras.saving.serialize_keras_object(optimizer))
     assert type(copy) is type(optimizer)
     assert copy.get_config() == optimizer.get_config()
     assert isinstance(copy.learning_rate, float) or copy.learning_rate(6) == pytest.approx(0.125)
 
 
-def test_the_settings_of_keras_optimizers_are_taken_over():
+def test_settings_of_keras_optimizers_are_copied():
     ours = row_optimizers.get(keras.optimizers.Adagrad(0.25, initial_accumulator_value=0.5, epsilon=0.01))
     assert type(ours) is RowAdagrad
     assert ours.get_config() == RowAdagrad(0.25, initial_accumulator_value=0.5, epsilon=0.01).get_config()
@@ -222,7 +222,7 @@ def test_the_settings_of_keras_optimizers_are_taken_over():
         ("Adagrad", {"gradient_accumulation_steps": 2}),
     ],
 )
-def test_settings_that_rows_cannot_keep_are_refused(kind, arguments):
+def test_unsupported_settings_of_keras_optimizers_raise(kind, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=rf"(?s)`{name}`.*Received: {name}=.*Row{kind}"):
         row_optimizers.get(getattr(keras.optimizers, kind)(**arguments))
@@ -239,12 +239,12 @@ def test_settings_that_rows_cannot_keep_are_refused(kind, arguments):
         (0.1, TypeError, "float"),
     ],
 )
-def test_what_is_no_row_optimizer_is_refused(optimizer, error, message):
+def test_an_invalid_optimizer_raises(optimizer, error, message):
     with pytest.raises(error, match=message):
         row_optimizers.get(optimizer)
 
 
-def test_a_keras_adam_is_refused_with_the_cure():
+def test_keras_adam_and_a_callable_learning_rate_raise_with_the_fix():
     with pytest.raises(TypeError, match="LazyAdam"):
         row_optimizers.get(keras.optimizers.Adam())
     with pytest.raises(ValueError, match="LearningRateSchedule"):
@@ -253,12 +253,12 @@ def test_a_keras_adam_is_refused_with_the_cure():
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["learning_rate", "clipnorm", "epsilon"])
-def test_numbers_out_of_range_are_refused(name, value):
+def test_numbers_that_are_not_positive_and_finite_raise(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must be positive.*Received: {name}="):
         RowAdagrad(**{name: value})
 
 
-def test_other_arguments_that_are_wrong():
+def test_other_invalid_arguments_raise():
     with pytest.raises(TypeError, match="`learning_rate` must be a number"):
         RowSGD("fast")
     with pytest.raises(TypeError, match="`clipnorm` must be a number"):
@@ -266,5 +266,5 @@ def test_other_arguments_that_are_wrong():
     with pytest.raises(ValueError, match="at least 0"):
         RowAdagrad(initial_accumulator_value=-0.1)
     for name in ("beta_1", "beta_2"):
-        with pytest.raises(ValueError, match=rf"`{name}` must lie in \[0, 1\)"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\)"):
             LazyAdam(**{name: 1.0})

@@ -24,9 +24,9 @@ from keras_rs_contrib import (
     shard_candidates,
 )
 
-# Neither divides by a number of devices that is tested.
+# 53 is not divisible by any tested number of devices, 21 only by 3.
 NUM_USERS, NUM_MOVIES, DIMENSION, BATCH = 21, 53, 4, 48
-# With these, a batch has 53 ids of movies, which divide over no mesh either.
+# With these, a batch has 53 movie ids, which are not divisible either.
 EXTRA_MOVIES = np.array([0, 52, 7, 7, 20], "int32")
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.2, 5, 0.5)
 OPTIMIZERS = {
@@ -42,14 +42,14 @@ MESHES = {
     "DataParallel(8), by axis": (lambda: data_parallel(8), "batch", 8),
     "ModelParallel(2x4), by axis": (lambda: model_parallel((2, 4), "none"), "model", 4),
     "ModelParallel(2x4), by a layout map of tables": (lambda: model_parallel((2, 4), ".*embeddings"), None, 4),
-    # Such a map also names the numbers that are no tables.
+    # This map also matches the scalar variables.
     "ModelParallel(1x8), by a layout map of layers": (lambda: model_parallel((1, 8), ".*(user|movie).*"), None, 8),
 }
 
 
 @keras.saving.register_keras_serializable(package="tests")
 class Towers(keras.Model):
-    """Two embeddings and a dense layer: movies are looked up for the batch, and for a few more."""
+    """Two embeddings and a dense layer. The model looks up the movies of the batch and a few extra ones."""
 
     def __init__(self, optimizer=None, mesh_axis=None, **kwargs):
         super().__init__(**kwargs)
@@ -60,7 +60,7 @@ class Towers(keras.Model):
         self.dense = keras.layers.Dense(1)
 
     def tower(self, num_rows, name):
-        # So large that gradients count beside Adagrad's initial accumulator.
+        # Values large enough that gradients matter compared to Adagrad's initial accumulator.
         initializer = keras.initializers.RandomUniform(-1, 1)
         if self.row_optimizer is None:
             return keras.layers.Embedding(num_rows, DIMENSION, initializer, name=name)
@@ -84,7 +84,7 @@ def data(num_batches):
         "user": rng.integers(0, NUM_USERS, size).astype("int32"),
         "movie": rng.integers(0, NUM_MOVIES - 3, size).astype("int32"),
     }
-    # The last row, next to the padding, is trained too, and some rows never.
+    # The last row, next to the padding, is trained. Some other rows are never trained.
     x["movie"][::5] = NUM_MOVIES - 1
     return x, 3 * rng.normal(size=(size, 1)).astype("float32")
 
@@ -103,7 +103,7 @@ def fit(model, num_batches=4, epochs=2):
 
 
 def state(model):
-    """All weights of the layers by name, without padding."""
+    """Returns all weights of the layers by name, without padding rows."""
     layers = {"user": model.user, "movie": model.movie, "dense": model.dense}
     num_rows = {"user": NUM_USERS, "movie": NUM_MOVIES, "dense": None}
     return {
@@ -114,7 +114,7 @@ def state(model):
 
 
 def rows(variable, num_rows=9):
-    """The values of a table without its padding rows, which are zeros."""
+    """Returns a table without its padding rows, after checking that they are zeros."""
     value = np.asarray(variable)
     np.testing.assert_array_equal(value[num_rows:], 0)
     return value[:num_rows]
@@ -126,12 +126,12 @@ def assert_states_close(actual, expected, **tolerance):
         np.testing.assert_allclose(actual[path], value, err_msg=path, **tolerance)
 
 
-# Training is that of Keras.
+# Training matches Keras.
 
 
 @functools.cache
 def of_a_plain_embedding(kind, num_batches):
-    """Losses and weights after each epoch of steps of Keras's own dense optimizer."""
+    """Returns the loss of each epoch and the final weights with a plain embedding and Keras's dense optimizer."""
     model = compiled(keras_optimizer=kind)
     losses = fit(model, num_batches, epochs=2)
     return losses, state(model)
@@ -146,7 +146,7 @@ def of_a_plain_embedding(kind, num_batches):
         ("adagrad", {"run_eagerly": True}, 1),
     ],
 )
-def test_a_fit_is_that_of_a_plain_embedding(kind, arguments, num_batches):
+def test_fit_matches_a_plain_embedding(kind, arguments, num_batches):
     expected_losses, expected = of_a_plain_embedding(kind, num_batches)
     rows = {"adagrad": RowAdagrad(0.2), "sgd": RowSGD(0.2)}[kind]
     model = compiled(rows, keras_optimizer=kind, **arguments)
@@ -200,7 +200,7 @@ def test_the_other_weights_are_trained_by_the_optimizer_of_compile():
 
 @functools.cache
 def of_one_device(optimizer):
-    """Losses and all weights."""
+    """Returns the losses and all weights after a fit on one device."""
     assert keras.distribution.distribution() is None
     model = compiled(optimizer)
     return fit(model), state(model)
@@ -213,7 +213,7 @@ def of_one_device(optimizer):
         ("rowwise_adagrad", "ModelParallel(2x4), by a layout map of tables"),
     ],
 )
-def test_training_on_a_mesh_is_that_of_one_device(optimizer, mesh):
+def test_training_on_a_mesh_matches_one_device(optimizer, mesh):
     expected_losses, expected = of_one_device(optimizer)
     distribution, mesh_axis, num_shards = MESHES[mesh]
     keras.distribution.set_distribution(distribution())
@@ -231,7 +231,7 @@ def test_training_on_a_mesh_is_that_of_one_device(optimizer, mesh):
 
 
 def compiled_step(model):
-    """The program of a training step as `fit` runs it, with donated weights."""
+    """Returns the compiled program of a training step in `fit`, with donated weights."""
     x, y = data(1)
     model.fit(x, y, batch_size=BATCH, verbose=0)
     weights = model._get_jax_state(
@@ -242,7 +242,7 @@ def compiled_step(model):
 
 
 @pytest.mark.parametrize("mesh_axis", [None, "batch"])
-def test_what_travels_is_as_large_as_the_batch(mesh_axis, monkeypatch):
+def test_communication_depends_on_the_size_of_the_batch_only(mesh_axis, monkeypatch):
     monkeypatch.setitem(globals(), "NUM_MOVIES", 40_003)
     keras.distribution.set_distribution(data_parallel(8))
     text = compiled_step(compiled("adagrad", mesh_axis)).as_text()
@@ -255,7 +255,7 @@ def test_what_travels_is_as_large_as_the_batch(mesh_axis, monkeypatch):
     assert max(sizes) <= 2 * (BATCH + len(EXTRA_MOVIES)) * DIMENSION < 40_003 // 8 * DIMENSION
 
 
-def test_a_step_has_no_second_copy_of_the_table(monkeypatch):
+def test_a_step_does_not_copy_the_table(monkeypatch):
     monkeypatch.setitem(globals(), "NUM_MOVIES", 100_003)
     memory = compiled_step(compiled("lazy_adam")).memory_analysis()
     table_bytes = 100_003 * DIMENSION * 4
@@ -266,11 +266,11 @@ def test_a_step_has_no_second_copy_of_the_table(monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [None, "DataParallel(8), whole", *list(MESHES)[3:]])
-def test_ids_out_of_range_are_nan_and_train_nothing(mesh):
+def test_ids_out_of_range_return_nan_and_change_no_row(mesh):
     distribution, mesh_axis, _ = MESHES[mesh] if mesh else (lambda: None, None, 1)
     keras.distribution.set_distribution(distribution())
     tower = RowSparseEmbedding(NUM_USERS, DIMENSION, "adagrad", mesh_axis=mesh_axis)
-    # The 22nd row is padding on some meshes.
+    # The id `NUM_USERS` is that of a padding row.
     ids = np.array([3, -1, NUM_USERS, 5, -NUM_USERS, -NUM_USERS - 1, 3], "int32")
     found = np.asarray(tower(ids))
     table = rows(tower.embeddings, NUM_USERS)
@@ -284,7 +284,7 @@ def test_ids_out_of_range_are_nan_and_train_nothing(mesh):
 
 
 def gradients_by_hand(tower, ids, loss=jnp.sum):
-    """What `jax.grad` gives for each trainable variable of a layer, by path."""
+    """Returns the result of `jax.grad` for each trainable variable of a layer, by path."""
 
     def of(values):
         outputs, _ = tower.stateless_call(values, [v.value for v in tower.non_trainable_variables], ids)
@@ -307,7 +307,7 @@ def gradients_by_hand(tower, ids, loss=jnp.sum):
         ("lazy_adam", None, "ModelParallel(2x4), by a layout map of tables"),
     ],
 )
-def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path, optimizer, saved_on, loaded_on):
+def test_training_resumes_from_a_file(tmp_path, optimizer, saved_on, loaded_on):
     def put(mesh):
         distribution, mesh_axis, _ = MESHES[mesh] if mesh else (lambda: None, None, 1)
         keras.distribution.set_distribution(distribution())
@@ -335,7 +335,7 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path, optimiz
 
 @functools.cache
 def resumed(optimizer):
-    """The second fit of a model on one device, before which Adagrad's learning rate changes."""
+    """Returns the losses and weights of a second fit. Adagrad's learning rate changes before it."""
     model = compiled(optimizer)
     fit(model)
     if optimizer == "adagrad":
@@ -344,7 +344,7 @@ def resumed(optimizer):
 
 
 class OneTower(keras.Model):
-    """Files call a layer by the name of its attribute, whatever its class."""
+    """A model whose files name the layer by its attribute, so that its class may change."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -354,7 +354,7 @@ class OneTower(keras.Model):
         return self.embedding(x)
 
 
-def test_weights_of_a_plain_embedding_load(tmp_path):
+def test_weights_of_a_plain_embedding_can_be_loaded(tmp_path):
     plain, ours = OneTower(keras.layers.Embedding(9, 4)), OneTower(RowSparseEmbedding(9, 4))
     expected = plain(np.arange(9))
     ours(np.arange(9))
@@ -367,7 +367,7 @@ def test_weights_of_a_plain_embedding_load(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["sgd", "rowwise_adagrad", "lazy_adam"])
-def test_a_file_of_another_row_optimizer_is_refused_and_changes_nothing(tmp_path, other):
+def test_a_file_of_another_row_optimizer_raises_and_changes_nothing(tmp_path, other):
     def layer(optimizer):
         keras.utils.set_random_seed(len(optimizer))
         embedding = RowSparseEmbedding(9, DIMENSION, optimizer, name="table")
@@ -376,35 +376,35 @@ def test_a_file_of_another_row_optimizer_is_refused_and_changes_nothing(tmp_path
     layer(other)[0].save_weights(tmp_path / "model.weights.h5")
     model, embedding = layer("adagrad")
     before = [np.array(v) for v in embedding.weights]
-    with pytest.raises(ValueError, match=r"(?s)must be those of|must have the shapes of"):
+    with pytest.raises(ValueError, match=r"(?s)must match its row optimizer|must have the shapes of its weights"):
         model.load_weights(tmp_path / "model.weights.h5")
     jax.tree.map(np.testing.assert_array_equal, [np.array(v) for v in embedding.weights], before)
 
 
-# What would spoil the table is an error.
+# Misuse that would corrupt the table raises an error.
 
 
-class Spoiled(keras.Model):
-    """Does what it is told, besides a lookup."""
+class Misused(keras.Model):
+    """A model that can use its table in other ways than one lookup."""
 
-    def __init__(self, spoil=None, spoil_loss=None, lookup=True, **arguments):
+    def __init__(self, misuse=None, misuse_loss=None, lookup=True, **arguments):
         super().__init__()
         self.tower = RowSparseEmbedding(9, DIMENSION, "adagrad", **arguments)
         self.dense = keras.layers.Dense(1)
-        self.spoil, self.spoil_loss, self.lookup = spoil, spoil_loss, lookup
+        self.misuse, self.misuse_loss, self.lookup = misuse, misuse_loss, lookup
         self.tower.build()
 
     def call(self, x):
         result = ops.ones((*x.shape, DIMENSION))
         if self.lookup:
             result = self.tower(x)
-        if self.spoil is not None:
-            result = result + self.spoil(self.tower, x)
+        if self.misuse is not None:
+            result = result + self.misuse(self.tower, x)
         return self.dense(result)
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         loss = ops.mean(ops.square(y - y_pred))
-        return loss if self.spoil_loss is None else loss + self.spoil_loss(self.tower, x)
+        return loss if self.misuse_loss is None else loss + self.misuse_loss(self.tower, x)
 
 
 def assert_refused(model, message, optimizer="adam", **arguments):
@@ -415,15 +415,15 @@ def assert_refused(model, message, optimizer="adam", **arguments):
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_a_second_lookup_in_a_step_is_refused(run_eagerly, policy):
+def test_a_second_lookup_in_a_step_raises(run_eagerly, policy):
     keras.config.set_dtype_policy(policy)
     message = r"(?s)looked up once.*second lookup of.*lookup_together\("
-    assert_refused(Spoiled(lambda tower, x: tower(x)), message, run_eagerly=run_eagerly)
-    in_loss = Spoiled(spoil_loss=lambda tower, x: ops.cast(ops.mean(tower(x)), "float32"))
+    assert_refused(Misused(lambda tower, x: tower(x)), message, run_eagerly=run_eagerly)
+    in_loss = Misused(misuse_loss=lambda tower, x: ops.cast(ops.mean(tower(x)), "float32"))
     assert_refused(in_loss, message, run_eagerly=run_eagerly)
 
 
-def test_a_second_lookup_in_a_functional_model_is_refused():
+def test_a_second_lookup_in_a_functional_model_raises():
     ids = keras.Input((), dtype="int32")
     tower = RowSparseEmbedding(9, DIMENSION)
     model = keras.Model(ids, keras.layers.Dense(1)(tower(ids) * tower(ids - 1)))
@@ -431,13 +431,13 @@ def test_a_second_lookup_in_a_functional_model_is_refused():
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_a_step_whose_loss_depends_on_no_lookup_is_refused(run_eagerly):
-    message = r"(?s)must depend on a lookup.*depends on no lookup.*trainable = False"
-    assert_refused(Spoiled(lookup=False), message, run_eagerly=run_eagerly)
-    # Keras would take the gradient, which is 0, for the new table.
-    for in_vain in (lambda tower, x: ops.stop_gradient(tower(x)), lambda tower, x: ops.zeros_like(tower(x))):
-        assert_refused(Spoiled(in_vain, lookup=False), message, run_eagerly=run_eagerly)
-    model = Spoiled(lookup=False)
+def test_a_loss_that_does_not_depend_on_a_lookup_raises(run_eagerly):
+    message = r"(?s)must depend on a lookup.*loss does not depend on a lookup.*trainable = False"
+    assert_refused(Misused(lookup=False), message, run_eagerly=run_eagerly)
+    # Keras would overwrite the table with its gradient, which is 0.
+    for unused_lookup in (lambda tower, x: ops.stop_gradient(tower(x)), lambda tower, x: ops.zeros_like(tower(x))):
+        assert_refused(Misused(unused_lookup, lookup=False), message, run_eagerly=run_eagerly)
+    model = Misused(lookup=False)
     model.tower.trainable = False
     model.compile("sgd", "mse", run_eagerly=run_eagerly)
     model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
@@ -451,7 +451,7 @@ def test_a_step_whose_loss_depends_on_no_lookup_is_refused(run_eagerly):
     ],
     ids=["no lookup", "vmap"],
 )
-def test_an_optimizer_called_by_hand_refuses_what_is_no_next_table(result):
+def test_applying_gradients_that_no_lookup_has_computed_raises(result):
     tower, dense = RowSparseEmbedding(9, DIMENSION), keras.layers.Dense(1)
     tower.build()
     dense.build((None, DIMENSION))
@@ -465,13 +465,15 @@ def test_an_optimizer_called_by_hand_refuses_what_is_no_next_table(result):
             return ops.mean(ops.square(result(tower, dense, jnp.arange(4))))
 
     gradients = jax.grad(loss)([variable.value for variable in variables])
-    with pytest.raises(ValueError, match=r"depends on no lookup of it, or on one within `jax\.vmap`"):
+    with pytest.raises(
+        ValueError, match=r"does not depend on a lookup in this table, or the lookup is inside `jax\.vmap`"
+    ):
         optimizer.apply(gradients, variables)
     for variable, value in zip(variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
-def test_what_is_kept_for_the_rows_of_a_frozen_table_stays():
+def test_the_slots_of_a_frozen_table_do_not_change():
     tower = RowSparseEmbedding(9, DIMENSION)
     model = keras.Sequential([keras.Input((), dtype="int32"), tower, keras.layers.Dense(1)])
     tower.embeddings.trainable = False
@@ -483,55 +485,85 @@ def test_what_is_kept_for_the_rows_of_a_frozen_table_stays():
 
 
 @pytest.mark.parametrize("learning_rate", [float("nan"), -1.0, 0.0])
-def test_a_learning_rate_that_is_assigned_must_be_positive(learning_rate):
+def test_an_assigned_learning_rate_must_be_positive(learning_rate):
     tower = RowSparseEmbedding(9, DIMENSION)
     tower.build()
     with pytest.raises(ValueError, match="`learning_rate` must be positive"):
         tower.learning_rate = learning_rate
 
 
-def test_a_gradient_through_the_table_is_refused():
-    message = r"(?s)by lookups alone.*from a computation on the table itself.*stop_gradient"
-    assert_refused(Spoiled(spoil_loss=lambda tower, x: ops.mean(ops.square(tower.embeddings))), message)
-    model = Spoiled(spoil_loss=lambda tower, x: ops.mean(ops.square(ops.stop_gradient(tower.embeddings))))
+def test_a_gradient_through_the_table_raises():
+    message = r"(?s)must come from a lookup only.*from a computation on the table itself.*stop_gradient"
+    assert_refused(Misused(misuse_loss=lambda tower, x: ops.mean(ops.square(tower.embeddings))), message)
+    model = Misused(misuse_loss=lambda tower, x: ops.mean(ops.square(ops.stop_gradient(tower.embeddings))))
     model.compile("sgd", "mse")
     model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
-def test_a_lookup_that_was_traced_before_is_refused(transform):
-    model = Spoiled(lambda tower, x: transform(lambda ids: tower(ids))(x), lookup=False)
-    assert_refused(model, r"(?s)in the very function that is differentiated.*jax\.checkpoint")
+def test_a_lookup_inside_jit_or_checkpoint_raises(transform):
+    model = Misused(lambda tower, x: transform(lambda ids: tower(ids))(x), lookup=False)
+    assert_refused(model, r"(?s)directly in the function that is differentiated.*jax\.checkpoint")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cure"),
+    ("arguments", "fix"),
     [
         ({"gradient_accumulation_steps": 2}, "larger batches"),
         ({"use_ema": True}, "Leave it out"),
         ({"loss_scale_factor": 8.0}, "mixed_bfloat16"),
     ],
 )
-def test_an_optimizer_that_changes_gradients_is_refused(arguments, cure):
-    model = Spoiled()
+def test_an_optimizer_that_changes_gradients_raises(arguments, fix):
+    model = Misused()
     before = [np.array(v) for v in model.tower.weights]
-    assert_refused(model, f"(?s){next(iter(arguments))}.*{cure}", keras.optimizers.Adam(**arguments))
+    assert_refused(model, f"(?s){next(iter(arguments))}.*{fix}", keras.optimizers.Adam(**arguments))
     jax.tree.map(np.testing.assert_array_equal, [np.array(v) for v in model.tower.weights], before)
     model.compile("sgd", "mse")
     model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
 
 
-def test_scaled_losses_are_refused():
+def test_loss_scaling_raises():
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-    assert_refused(Spoiled(), r"(?s)must not scale the loss.*auto_scale_loss=False", scaled)
+    assert_refused(Misused(), r"(?s)must not scale the loss.*auto_scale_loss=False", scaled)
     keras.config.set_dtype_policy("mixed_float16")
-    assert_refused(Spoiled(), r"(?s)must not scale the loss.*auto_scale_loss=False")
-    model = Spoiled()
+    assert_refused(Misused(), r"(?s)must not scale the loss.*auto_scale_loss=False")
+    model = Misused()
     model.compile("sgd", "mse", auto_scale_loss=False)
     model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
 
 
-def test_optimizers_without_such_a_table_do_what_they_did():
+@pytest.mark.parametrize(
+    ("make", "fix"),
+    [
+        (lambda: keras.optimizers.SGD(gradient_accumulation_steps=2), "larger batches"),
+        (lambda: keras.optimizers.SGD(use_ema=True), "Leave it out"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "auto_scale_loss=False"),
+    ],
+)
+def test_a_two_tower_model_checks_its_optimizer_in_compile(make, fix):
+    assert_refused(Misused(), rf"(?s)optimizer of a model with a `RowSparseEmbedding`.*{fix}", make())
+    model = TwoTowerModel(RowSparseEmbedding(9, DIMENSION), keras.layers.Embedding(9, DIMENSION), "user", "movie")
+    with pytest.raises(ValueError, match=rf"(?s)optimizer of a model with a `RowSparseEmbedding`.*{fix}"):
+        model.compile(make())
+    model.query_tower.trainable = False
+    model.compile(make())
+
+
+def test_values_may_be_assigned_at_any_time():
+    model = Misused()
+    model.compile("adam", "mse")
+    table = np.arange(9 * DIMENSION, dtype="float32").reshape(9, DIMENSION)
+    for _ in range(2):
+        for values in (np.zeros_like(table), table):
+            padded = np.pad(values, ((0, 192 - 9), (0, 0)))
+            model.tower.embeddings.assign(padded)
+            model.tower.set_weights([padded, *model.tower.get_weights()[1:]])
+            np.testing.assert_array_equal(model.tower(np.arange(9)), values)
+        model.fit(np.arange(8), np.ones((8, 1)), verbose=0)
+
+
+def test_optimizers_of_models_without_row_sparse_tables_are_not_checked():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(keras.optimizers.Adam(gradient_accumulation_steps=2, use_ema=True), "mse")
     model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=4, verbose=0)
@@ -546,12 +578,12 @@ def test_optimizers_without_such_a_table_do_what_they_did():
         ("quantization_config", object()),
     ],
 )
-def test_what_goes_over_all_rows_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"rows of the batch alone.*`{name}`"):
+def test_arguments_that_need_all_rows_raise(name, value):
+    with pytest.raises(ValueError, match=rf"only the rows of the batch.*`{name}`"):
         RowSparseEmbedding(9, DIMENSION, **{name: value})
 
 
-def test_a_layer_is_neither_quantized_nor_given_lora():
+def test_quantize_and_enable_lora_raise():
     tower = RowSparseEmbedding(9, DIMENSION)
     table = np.asarray(tower(np.arange(9)))
     with pytest.raises(ValueError, match="lora_rank"):
@@ -561,19 +593,19 @@ def test_a_layer_is_neither_quantized_nor_given_lora():
     np.testing.assert_array_equal(tower(np.arange(9)), table)
 
 
-def test_a_learning_rate_that_cannot_be_assigned():
+def test_the_learning_rate_cannot_be_assigned_before_build_or_for_a_schedule():
     tower = RowSparseEmbedding(9, DIMENSION, RowSGD(0.5))
     assert tower.learning_rate == 0.5
-    with pytest.raises(ValueError, match="once the layer is built"):
+    with pytest.raises(ValueError, match="only once the layer is built"):
         tower.learning_rate = 0.1
     tower = RowSparseEmbedding(9, DIMENSION, RowSGD(SCHEDULE))
     tower.build()
     assert float(tower.learning_rate) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="where it is no schedule"):
+    with pytest.raises(ValueError, match="only if it is not a schedule"):
         tower.learning_rate = 0.1
 
 
-# An embedding like others.
+# The behavior of a plain embedding.
 
 
 @pytest.mark.parametrize(
@@ -588,12 +620,12 @@ def test_ids_of_any_shape_and_dtype(shape, dtype, rng):
     np.testing.assert_array_equal(tower(ids), expected)
 
 
-def test_the_arguments_of_an_embedding():
+def test_arguments_of_a_plain_embedding():
     table = np.arange(36.0, dtype="float32").reshape(9, 4)
     tower = RowSparseEmbedding(9, 4, mask_zero=True, weights=table)
     np.testing.assert_array_equal(tower(np.array([2, 0])), table[[2, 0]])
     np.testing.assert_array_equal(tower.compute_mask(np.array([2, 0])), [True, False])
-    # As Keras does for the same weights given as a list of arrays.
+    # Like Keras, the layer also accepts a list with one array.
     np.testing.assert_array_equal(rows(RowSparseEmbedding(9, 4, weights=[table]).embeddings), table)
     np.testing.assert_array_equal(RowSparseEmbedding(9, 4, embeddings_initializer="ones")(np.array([1])), 1)
     penalized = RowSparseEmbedding(9, 4, activity_regularizer=keras.regularizers.L2(0.5), weights=table)
@@ -601,7 +633,7 @@ def test_the_arguments_of_an_embedding():
     assert float(penalized.losses[0]) == pytest.approx(0.5 * (16 + 25 + 36 + 49))
 
 
-def test_an_activity_regularizer_is_trained():
+def test_an_activity_regularizer_affects_training():
     tables = []
     for kind in (RowSparseEmbedding, keras.layers.Embedding):
         keras.utils.set_random_seed(0)
@@ -614,7 +646,7 @@ def test_an_activity_regularizer_is_trained():
     np.testing.assert_allclose(*tables, rtol=1e-5)
 
 
-def test_a_frozen_table_stays():
+def test_a_frozen_table_does_not_change():
     model = compiled("adagrad")
     model.movie.trainable = False
     fit(model)
@@ -640,11 +672,11 @@ def test_mixed_precision_trains_the_table_in_float32():
         assert variable.dtype == "float32"
         value = np.asarray(variable)
         assert (value != np.asarray(jnp.asarray(value, "bfloat16"), "float32")).any()
-    # Sums of duplicates are those of float32 here, and of bfloat16 in a plain embedding.
+    # Gradients of duplicates are summed in float32 here, and in bfloat16 in a plain embedding.
     np.testing.assert_allclose(rows(model.movie.embeddings, NUM_MOVIES), plain.movie.embeddings, rtol=0.02, atol=2e-3)
 
 
-def test_a_bfloat16_table_has_slots_in_float32():
+def test_a_bfloat16_table_has_float32_slots():
     keras.config.set_dtype_policy("bfloat16")
     model = compiled("adagrad")
     losses = fit(model, 2)
@@ -656,7 +688,7 @@ def test_a_bfloat16_table_has_slots_in_float32():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_it_is_what_its_config_says(optimizer):
+def test_config_round_trip(optimizer):
     tower = RowSparseEmbedding(9, DIMENSION, OPTIMIZERS[optimizer](), mesh_axis="batch", mask_zero=True)
     config = keras.saving.serialize_keras_object(tower)
     same = keras.saving.deserialize_keras_object(config)
@@ -667,7 +699,7 @@ def test_it_is_what_its_config_says(optimizer):
     assert same.optimizer.get_config() == OPTIMIZERS[optimizer]().get_config()
 
 
-def test_copies_are_trained_apart():
+def test_copies_are_trained_independently():
     ids = keras.Input((), dtype="int32")
     model = keras.Model(ids, keras.layers.Dense(1)(RowSparseEmbedding(9, DIMENSION, name="table")(ids)))
     model.compile("sgd", "mse")
@@ -685,7 +717,7 @@ def test_copies_are_trained_apart():
     assert int(clone.get_layer("table").iterations) == 1
 
 
-def test_a_gradient_by_hand_is_the_table_after_the_step(rng):
+def test_jax_grad_returns_the_table_after_the_step(rng):
     tower = RowSparseEmbedding(9, DIMENSION, RowAdagrad(0.3))
     tower.build()
     ids, weights = np.array([4, 8, 4, -1]), rng.normal(size=(4, DIMENSION)).astype("float32")
@@ -698,7 +730,7 @@ def test_a_gradient_by_hand_is_the_table_after_the_step(rng):
     np.testing.assert_allclose(rows(after[accumulator.path]), expected[1]["accumulator"], rtol=1e-5)
 
 
-# Several lookups at once.
+# Several lookups in one call.
 
 
 @pytest.mark.parametrize(
@@ -709,9 +741,9 @@ def test_a_gradient_by_hand_is_the_table_after_the_step(rng):
         {"b": [[1], [2]], "a": [3, 4], "c": 5},
         [0],
     ],
-    ids=["other first dimensions", "one first dimension", "a dict with a scalar", "one"],
+    ids=["different first dimensions", "equal first dimensions", "a dict with a scalar", "one tensor"],
 )
-def test_lookups_at_once_are_lookups(ids):
+def test_lookup_together_matches_separate_lookups(ids):
     as_arrays = {k: np.array(v) for k, v in ids.items()} if isinstance(ids, dict) else type(ids)(map(np.array, ids))
     tower = RowSparseEmbedding(9, DIMENSION)
     together = lookup_together(tower, as_arrays)
@@ -721,7 +753,7 @@ def test_lookups_at_once_are_lookups(ids):
     jax.tree.map(lambda found, ids: np.testing.assert_array_equal(found, table[ids]), together, as_arrays)
 
 
-def test_lookups_at_once_in_a_functional_model(rng):
+def test_lookup_together_in_a_functional_model(rng):
     inputs = {"one": keras.Input((), dtype="int32", name="one"), "many": keras.Input((3,), dtype="int32", name="many")}
 
     def model(tower, together):
@@ -741,15 +773,15 @@ def test_lookups_at_once_in_a_functional_model(rng):
     np.testing.assert_allclose(rows(tower.embeddings), plain.embeddings, rtol=1e-5, atol=1e-7)
 
 
-def test_lookups_at_once_that_cannot_be():
+def test_invalid_ids_of_lookup_together_raise():
     tower = RowSparseEmbedding(9, DIMENSION)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one tensor"):
         lookup_together(tower, [])
     with pytest.raises(ValueError, match=r"known sizes.*\(None, None\)"):
         lookup_together(tower, [keras.Input((None,), dtype="int32"), keras.Input((), dtype="int32")])
 
 
-# With the index and the assembled model.
+# With the index and `TwoTowerModel`.
 
 
 def two_towers(mesh_axis=None):
@@ -768,7 +800,7 @@ def two_towers(mesh_axis=None):
 
 
 def fit_two_towers(model):
-    # 59 rows divide over no mesh: the model fills batches up.
+    # Neither 59 rows nor batches of 20 are divisible by 8: the model pads the batches.
     x = {name: ids[:59] for name, ids in data(2)[0].items()}
     return x, model.fit(x, batch_size=20, epochs=2, shuffle=False, verbose=0).history["loss"]
 
@@ -807,7 +839,7 @@ def test_two_towers_fit_recommend_and_load(tmp_path, mesh_axis):
     ) if mesh_axis is None else None
 
 
-def test_an_index_splits_the_slots_of_a_table_that_is_built(rng):
+def test_an_index_splits_the_slots_of_a_built_table(rng):
     keras.distribution.set_distribution(data_parallel(8))
     tower = RowSparseEmbedding(16, DIMENSION, "lazy_adam")
     tower.build()
@@ -823,9 +855,9 @@ def test_an_index_splits_the_slots_of_a_table_that_is_built(rng):
     assert changed[tower.trainable_variables[1].path] == [3, 15]
 
 
-def test_a_refused_step_leaves_two_towers_as_they_are():
+def test_a_failed_step_does_not_change_the_towers():
     tower = RowSparseEmbedding(NUM_USERS, DIMENSION, name="table")
-    # Both towers are one: two lookups.
+    # Both towers are the same layer, which makes two lookups.
     model = TwoTowerModel(tower, tower, query_features="user", candidate_features="movie")
     model.compile("sgd")
     tower.build()

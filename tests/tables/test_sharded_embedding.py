@@ -13,7 +13,7 @@ from models import DIMENSION, RetrievalModel, predictions
 
 from keras_rs_contrib import ShardedEmbedding, shard_candidates
 
-# As many as there are in MovieLens 100K, and a row for none: they divide by 3 and by 9, and by no power of 2.
+# The 1,682 movies of MovieLens 100K, and id 0 for no movie. 1,683 is divisible by 3 and 9, but not by 2.
 NUM_USERS, NUM_MOVIES = 48, 1683
 # The next multiple of 192.
 NUM_ROWS = 1728
@@ -56,7 +56,7 @@ def fit(model, epochs=2):
 
 @functools.cache
 def of_a_plain_embedding(optimizer="adagrad", fits=1):
-    """Losses of the last fit, predictions and movies, on one device."""
+    """Returns the losses of the last fit, the predictions and the movie table on one device."""
     assert keras.distribution.distribution() is None
     model = compiled_model(optimizer, is_sharded=False)
     losses = [fit(model) for _ in range(fits)][-1]
@@ -65,7 +65,7 @@ def of_a_plain_embedding(optimizer="adagrad", fits=1):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
-def test_training_and_predictions_are_those_of_a_plain_embedding(mesh, optimizer):
+def test_training_and_predictions_match_a_plain_embedding(mesh, optimizer):
     expected_losses, expected_predictions, expected_table = of_a_plain_embedding(optimizer)
     mesh_axis, num_shards = set_mesh(mesh)
     model = compiled_model(optimizer, mesh_axis)
@@ -82,7 +82,7 @@ def test_training_and_predictions_are_those_of_a_plain_embedding(mesh, optimizer
 
 @pytest.fixture(scope="module", params=["DataParallel(8)", "ModelParallel(2x4), by axis"])
 def saved(request, tmp_path_factory):
-    """A file of a model that was trained on a mesh, and the axis that split its rows."""
+    """Returns a file of a model that was trained on a mesh, and the axis that split its rows."""
     path = tmp_path_factory.mktemp("saved") / "model.keras"
     mesh_axis, _ = set_mesh(request.param)
     model = compiled_model(mesh_axis=mesh_axis)
@@ -93,14 +93,14 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("loaded_on", MESHES)
-def test_training_goes_on_where_it_stopped_on_another_mesh(saved, loaded_on):
+def test_training_resumes_on_another_mesh(saved, loaded_on):
     path, mesh_axis = saved
     expected_losses, expected_predictions, _ = of_a_plain_embedding(fits=2)
     _, num_shards = set_mesh(loaded_on)
     loaded = keras.models.load_model(path)
     np.testing.assert_allclose(fit(loaded), expected_losses, rtol=1e-5)
     np.testing.assert_array_equal(predictions(loaded), expected_predictions)
-    # The file names the axis that it was saved with; another mesh may have no such axis.
+    # The file contains the mesh axis, and another mesh may not have this axis.
     rows = loaded.the_tower.embeddings.value.addressable_shards[0].data.shape[0]
     axes = None if keras.distribution.distribution() is None else keras.distribution.distribution().device_mesh
     if axes is not None and (mesh_axis in axes.axis_names or MESHES[loaded_on][1] is None):
@@ -120,6 +120,13 @@ def small_fit(optimizer=None, **arguments):
     return history.history["loss"], model.get_weights()[0]
 
 
+class DistanceToOne(keras.regularizers.Regularizer):
+    """A penalty that is not zero for padding rows."""
+
+    def __call__(self, x):
+        return keras.ops.mean(keras.ops.square(x - 1))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -127,12 +134,12 @@ def small_fit(optimizer=None, **arguments):
         {"optimizer": lambda: keras.optimizers.Lamb(0.1, weight_decay=0.1, clipnorm=0.01)},
         {"embeddings_regularizer": lambda: keras.regularizers.L2(0.01)},
         {"embeddings_regularizer": lambda: keras.regularizers.OrthogonalRegularizer(0.01, mode="rows")},
-        {"embeddings_regularizer": lambda: lambda x: keras.ops.mean(keras.ops.square(x - 1))},
+        {"embeddings_regularizer": lambda: DistanceToOne()},
         {"embeddings_constraint": lambda: keras.constraints.UnitNorm(axis=1)},
     ],
     ids=["accumulation", "Lamb", "L2", "orthogonal rows", "mean", "unit norm"],
 )
-def test_padding_changes_no_training(arguments):
+def test_padding_does_not_change_training(arguments):
     expected_losses, expected_table = small_fit(**{name: make() for name, make in arguments.items()}, row_multiple=1)
     keras.distribution.set_distribution(data_parallel(8))
     losses, table = small_fit(**{name: make() for name, make in arguments.items()})
@@ -141,7 +148,7 @@ def test_padding_changes_no_training(arguments):
     np.testing.assert_array_equal(table[19:], 0)
 
 
-def test_a_file_of_another_table_is_refused(tmp_path):
+def test_a_file_with_another_number_of_rows_raises(tmp_path):
     path = tmp_path / "file.weights.h5"
     keras.Sequential([keras.Input((), dtype="int32"), ShardedEmbedding(24, 4)]).save_weights(path)
     keras.distribution.set_distribution(data_parallel(8))
@@ -156,7 +163,7 @@ def test_a_file_of_another_table_is_refused(tmp_path):
 
 
 def shapes_in(path, folder):
-    """The shapes of the weights in a `.keras` file, by name."""
+    """Returns the shapes of the weights in a `.keras` file, by name."""
     with zipfile.ZipFile(path) as file:
         file.extract("model.weights.h5", folder)
     shapes = {}
@@ -167,7 +174,7 @@ def shapes_in(path, folder):
     return shapes
 
 
-def test_the_layer_saves_no_padding(tmp_path):
+def test_padding_rows_are_not_saved(tmp_path):
     set_mesh("DataParallel(8)")
     model = compiled_model(mesh_axis="batch")
     fit(model, epochs=1)
@@ -179,7 +186,7 @@ def test_the_layer_saves_no_padding(tmp_path):
 
 
 class OneTower(keras.Model):
-    """Files call a layer by the name of its attribute, whatever its class."""
+    """A model whose files name the layer by its attribute, so that its class may change."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -190,7 +197,7 @@ class OneTower(keras.Model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_plain_embedding_loads_the_file_and_vice_versa(tmp_path, dtype):
+def test_a_plain_embedding_can_load_the_file_and_vice_versa(tmp_path, dtype):
     kinds = (lambda: ShardedEmbedding(19, 4, dtype=dtype), lambda: keras.layers.Embedding(19, 4, dtype=dtype))
     for save_kind, load_kind in (kinds, kinds[::-1]):
         saved, loaded = OneTower(save_kind()), OneTower(load_kind())
@@ -226,7 +233,7 @@ def test_a_functional_model_traces_with_an_unknown_batch_size(tmp_path, rng, mes
 # The layer.
 
 
-def test_it_is_an_embedding_with_padding_rows(rng):
+def test_the_layer_is_an_embedding_with_padding_rows(rng):
     table = rng.normal(size=(5, 3)).astype("float32")
     layer = ShardedEmbedding(5, 3, weights=table, mask_zero=True)
     np.testing.assert_array_equal(layer(np.array([[4, 0]])), table[[[4, 0]]])
@@ -239,7 +246,7 @@ def test_it_is_an_embedding_with_padding_rows(rng):
 
 
 @pytest.mark.parametrize(("row_multiple", "num_rows"), [(1, 5), (2, 6), (5, 5), (7, 7), (192, 192)])
-def test_rows_are_rounded_up_to_the_multiple(row_multiple, num_rows):
+def test_the_number_of_rows_is_rounded_up_to_row_multiple(row_multiple, num_rows):
     layer = ShardedEmbedding(5, 3, row_multiple=row_multiple)
     layer.build()
     assert layer.embeddings.shape == (num_rows, 3)
@@ -247,23 +254,23 @@ def test_rows_are_rounded_up_to_the_multiple(row_multiple, num_rows):
 
 
 @pytest.mark.parametrize("row_multiple", [0, -1, 1.5, True, "8"])
-def test_the_multiple_is_a_positive_int(row_multiple):
+def test_row_multiple_must_be_a_positive_int(row_multiple):
     with pytest.raises(ValueError, match="`row_multiple` must be a positive int"):
         ShardedEmbedding(5, 3, row_multiple=row_multiple)
 
 
 @pytest.mark.parametrize("num_devices", [5, 7])
-def test_an_axis_that_does_not_divide_is_an_error_that_names_the_fix(num_devices):
+def test_an_indivisible_number_of_padded_rows_raises_with_the_fix(num_devices):
     keras.distribution.set_distribution(data_parallel(num_devices))
     layer = ShardedEmbedding(35, 3, mesh_axis="batch")
-    with pytest.raises(ValueError, match=rf"(?s)row_multiple=192.*Pass a `row_multiple` that {num_devices} divides"):
+    with pytest.raises(ValueError, match=rf"(?s)row_multiple=192.*Pass a `row_multiple` divisible by {num_devices}"):
         layer.build()
     layer = ShardedEmbedding(35, 3, mesh_axis="batch", row_multiple=num_devices)
     layer.build()
     assert layer.embeddings.value.addressable_shards[0].data.shape == (35 // num_devices, 3)
 
 
-def test_ids_out_of_range_are_those_of_a_plain_embedding():
+def test_ids_out_of_range_match_a_plain_embedding():
     plain = keras.layers.Embedding(5, 3, embeddings_initializer="normal")
     ids = np.array([0, 4, 5, 6, 7, 8, 100, 191, 192, 193, -1, -5, -6, -7, -192, -193])
     expected = np.asarray(plain(ids))
@@ -274,7 +281,7 @@ def test_ids_out_of_range_are_those_of_a_plain_embedding():
     assert np.isnan(expected).any()
 
 
-def test_weights_have_the_padding_rows(rng):
+def test_weights_include_the_padding_rows(rng):
     keras.distribution.set_distribution(data_parallel(8))
     table = rng.normal(size=(5, 3)).astype("float32")
     layer = ShardedEmbedding(5, 3, mesh_axis="batch", row_multiple=8, weights=[table])
@@ -312,7 +319,7 @@ def test_early_stopping_restores_the_best_weights():
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_a_layer_that_is_frozen_before_it_is_built_stays_frozen(with_lora):
+def test_a_layer_that_is_frozen_before_build_stays_frozen(with_lora):
     layer = ShardedEmbedding(5, 3, trainable=False)
     layer.build()
     if with_lora:
@@ -323,7 +330,7 @@ def test_a_layer_that_is_frozen_before_it_is_built_stays_frozen(with_lora):
 
 
 @pytest.mark.parametrize("mesh", ["1 device", "DataParallel(8)"])
-def test_lora_trains_a_padded_table_as_a_plain_one(mesh):
+def test_lora_training_matches_a_plain_embedding(mesh):
     x, y = np.arange(16), np.ones((16, 4))
 
     def fit_lora(embedding):
@@ -342,7 +349,7 @@ def test_lora_trains_a_padded_table_as_a_plain_one(mesh):
 
 @pytest.mark.parametrize("is_built", [False, True])
 @pytest.mark.parametrize("make", [keras.layers.Embedding, lambda *a: type("Own", (keras.layers.Embedding,), {})(*a)])
-def test_a_plain_table_whose_rows_do_not_divide_is_refused_with_the_cure(make, is_built):
+def test_a_plain_table_with_an_indivisible_number_of_rows_raises_with_the_fix(make, is_built):
     keras.distribution.set_distribution(data_parallel(8))
     tower = make(9, 3)
     if is_built:
@@ -356,7 +363,7 @@ def test_a_plain_table_whose_rows_do_not_divide_is_refused_with_the_cure(make, i
 
 
 @pytest.mark.parametrize("is_built", [False, True])
-def test_a_plain_table_stays_plain_and_is_split_if_its_rows_divide(rng, is_built):
+def test_a_plain_table_with_a_divisible_number_of_rows_is_split(rng, is_built):
     keras.distribution.set_distribution(data_parallel(8))
     tower = keras.layers.Embedding(16, 3)
     if is_built:

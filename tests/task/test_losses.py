@@ -8,7 +8,7 @@ from keras_rs_contrib.task import losses
 
 @pytest.mark.parametrize("similarity", scores.SIMILARITIES)
 @pytest.mark.parametrize("heads", [None, 1, 3])
-def test_scores_follow_the_formula(rng, similarity, heads):
+def test_scores_match_the_reference(rng, similarity, heads):
     queries = rng.normal(size=(4, 5) if heads is None else (4, heads, 5))
     candidates = rng.normal(size=(6, 5))
     expected = [[reference.best_head_score(q, c, similarity) for c in candidates] for q in queries]
@@ -17,21 +17,21 @@ def test_scores_follow_the_formula(rng, similarity, heads):
     np.testing.assert_allclose(pairs, np.diagonal(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_the_cosine_of_an_embedding_of_zeros_is_zero():
+def test_cosine_of_a_zero_embedding_is_zero():
     np.testing.assert_array_equal(scores.score_matrix(np.zeros((1, 3)), np.ones((2, 3)), "cosine"), [[0.0, 0.0]])
 
 
-def test_a_small_loss_keeps_its_digits():
-    """log(1 + exp(-12)), which float32 cannot tell from 0 as a difference of numbers about 1000."""
+def test_small_loss_is_accurate():
+    """The loss is `log(1 + exp(-12))`. As a difference of float32 numbers near 1000, it would be 0."""
     loss = losses.softmax_cross_entropy(np.array([[1.0, 0.0]], "float32"), np.array([[1000.0, 988.0]], "float32"))
     np.testing.assert_allclose(loss, [np.log1p(np.exp(-12.0))], rtol=1e-2)
 
 
-def test_a_row_without_a_positive_has_no_loss():
+def test_row_without_a_positive_has_loss_zero():
     np.testing.assert_array_equal(losses.softmax_cross_entropy(np.zeros((1, 2)), np.array([[3.0, 4.0]])), [0.0])
 
 
-def test_the_gradient_of_the_cross_entropy_follows_the_formula(rng):
+def test_cross_entropy_and_gradient_match_the_formula(rng):
     logits, labels = rng.normal(size=(3, 4)).astype("float32") * 5, np.eye(3, 4, dtype="float32")
     labels[2] = 0
     values, gradient = losses.softmax_cross_entropy_and_gradient(labels, logits)
@@ -43,13 +43,13 @@ def test_the_gradient_of_the_cross_entropy_follows_the_formula(rng):
     np.testing.assert_allclose(gradient, reference.gradient(lambda x: sum(expected(x)), logits), rtol=1e-4, atol=1e-6)
 
 
-def test_a_small_loss_keeps_its_digits_beside_its_gradient():
+def test_small_loss_with_gradient_is_accurate():
     labels, logits = np.array([[1.0, 0.0]], "float32"), np.array([[1000.0, 988.0]], "float32")
     value, _ = losses.softmax_cross_entropy_and_gradient(labels, logits)
     np.testing.assert_allclose(value, [np.log1p(np.exp(-12.0))], rtol=1e-2)
 
 
-def test_the_mean_counts_valid_rows_and_not_weights():
+def test_mean_divides_by_valid_rows_and_not_by_weights():
     values, weights = np.array([1.0, 2.0, np.nan], "float32"), np.array([3.0, 0.0, 1.0], "float32")
     valid = np.array([True, True, False])
     assert float(losses.mean_over_valid_rows(values, weights, valid)) == 1.5

@@ -12,7 +12,7 @@ from keras_rs_contrib import DistributedTwoTowerTask
 BATCH, EXTRA, DIMENSION = 5, 3, 4
 NUM_CANDIDATES = BATCH + EXTRA
 
-# Constructor arguments, and which call arguments go with them.
+# Constructor arguments, and the names of the call arguments used with them.
 SOFTMAX_CASES = {
     "plain": ({}, ()),
     "cosine": ({"similarity": "cosine"}, ()),
@@ -54,7 +54,7 @@ def embeddings(rng, heads=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
 
 
 def loss_and_gradients(task, queries, candidates, **arguments):
-    """Loss and gradients, compiled as in `fit`."""
+    """Returns loss and gradients, compiled as in `fit`."""
     function = jax.jit(jax.value_and_grad(lambda q, c: task(q, c, **arguments), argnums=(0, 1)))
     loss, gradients = function(queries, candidates)
     return np.asarray(loss), *(np.asarray(g) for g in gradients)
@@ -62,7 +62,7 @@ def loss_and_gradients(task, queries, candidates, **arguments):
 
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("case", SOFTMAX_CASES)
-def test_softmax_loss_and_gradients_follow_the_formulas(rng, case, heads):
+def test_softmax_loss_and_gradients_match_the_reference(rng, case, heads):
     constructor, names = SOFTMAX_CASES[case]
     queries, candidates = embeddings(rng, heads)
     arguments = call_arguments(rng, names)
@@ -83,7 +83,7 @@ def test_softmax_loss_and_gradients_follow_the_formulas(rng, case, heads):
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("names", [(), ("sample_weight",), ("sample_weight", "candidate_mask")])
 @pytest.mark.parametrize("constructor", [{}, {"similarity": "cosine", "temperature": 0.5}])
-def test_pointwise_loss_and_gradients_follow_the_formulas(rng, names, constructor, heads):
+def test_pointwise_loss_and_gradients_match_the_reference(rng, names, constructor, heads):
     queries, candidates = embeddings(rng, heads, num_candidates=BATCH)
     labels = rng.random(BATCH).astype("float32")
     arguments = call_arguments(rng, names, num_candidates=BATCH)
@@ -104,7 +104,7 @@ def test_pointwise_loss_and_gradients_follow_the_formulas(rng, names, constructo
 
 @functools.cache
 def on_one_device(case):
-    """Arrays that divide over the devices, and the loss and gradients of them."""
+    """Returns arrays whose sizes all device counts divide, with their loss and gradients on one device."""
     rng, batch, num_candidates = np.random.default_rng(0), 24, 48
     constructor, names = SOFTMAX_CASES[case]
     queries, candidates = embeddings(rng, batch=batch, num_candidates=num_candidates)
@@ -114,7 +114,7 @@ def on_one_device(case):
 
 
 @pytest.mark.parametrize("case", ["plain", "all"])
-def test_loss_and_gradients_are_those_of_one_device(distribution, case):
+def test_loss_and_gradients_equal_those_of_one_device(distribution, case):
     keras.distribution.set_distribution(None)
     queries, candidates, arguments, expected = on_one_device(case)
     task = DistributedTwoTowerTask(**SOFTMAX_CASES[case][0])
@@ -132,7 +132,7 @@ def test_loss_and_gradients_are_those_of_one_device(distribution, case):
 
 
 def test_negatives_come_from_every_replica(rng):
-    """Were they local, each of 8 queries would be alone with its positive, and the loss 0."""
+    """With local negatives, each of the 8 queries would have its positive only, and the loss would be 0."""
     queries, candidates = embeddings(rng, batch=8, num_candidates=8)
     distribution = keras.distribution.DataParallel(devices=jax.devices())
     keras.distribution.set_distribution(distribution)
@@ -145,7 +145,7 @@ def test_negatives_come_from_every_replica(rng):
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_reduction_of_a_loss_is_respected(rng, reduction, masked):
+def test_loss_reduction_is_respected(rng, reduction, masked):
     queries, candidates = embeddings(rng)
     arguments = call_arguments(rng, ("sample_weight", "candidate_mask") if masked else ("sample_weight",))
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, reduction=reduction)
@@ -166,8 +166,8 @@ def test_the_reduction_of_a_loss_is_respected(rng, reduction, masked):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_own_loss_sees_tfrs_logits(rng):
-    """Masked logits have TFRS's value, so that any loss gives what it gives there."""
+def test_custom_loss_sees_tfrs_logits(rng):
+    """Masked logits have the same value as in TFRS, so a custom loss has the same result."""
     queries, candidates = embeddings(rng)
     ids = np.zeros(NUM_CANDIDATES, "int32")
     task = DistributedTwoTowerTask(loss=keras.losses.MeanAbsoluteError(reduction="none"), remove_accidental_hits=True)
@@ -179,7 +179,7 @@ def test_own_loss_sees_tfrs_logits(rng):
     np.testing.assert_allclose(task(queries, candidates, candidate_ids=ids), expected, rtol=1e-6)
 
 
-def test_pointwise_loss_may_be_replaced(rng):
+def test_pointwise_loss_can_be_replaced(rng):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     labels = np.array([0, 1, 1, 0, 1], "float32")
     task = DistributedTwoTowerTask(loss=keras.losses.BinaryCrossentropy(from_logits=True))
@@ -189,7 +189,7 @@ def test_pointwise_loss_may_be_replaced(rng):
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_what_stands_in_padded_rows_changes_nothing(rng, with_labels):
+def test_values_in_padding_rows_are_ignored(rng, with_labels):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     weight = np.ones(BATCH, "float32")
     arguments = {"labels": rng.random(BATCH).astype("float32")} if with_labels else {}
@@ -209,25 +209,25 @@ def test_what_stands_in_padded_rows_changes_nothing(rng, with_labels):
 
 
 @pytest.mark.parametrize("labels", [None, np.zeros(0, "float32")])
-def test_an_empty_batch_has_loss_zero(labels):
+def test_empty_batch_has_loss_zero(labels):
     empty = np.zeros((0, DIMENSION), "float32")
     assert float(DistributedTwoTowerTask()(empty, empty, labels=labels)) == 0.0
 
 
-def test_a_batch_of_padding_has_loss_zero(rng):
+def test_batch_of_padding_has_loss_zero(rng):
     queries, candidates = embeddings(rng)
     mask = np.zeros(NUM_CANDIDATES, bool)
     assert float(DistributedTwoTowerTask()(queries, candidates, candidate_mask=mask)) == 0.0
 
 
 @pytest.mark.parametrize("num_hard_negatives", [None, 1])
-def test_a_single_row_has_loss_zero(rng, num_hard_negatives):
+def test_single_row_has_loss_zero(rng, num_hard_negatives):
     queries, candidates = embeddings(rng, batch=1, num_candidates=1)
     assert float(DistributedTwoTowerTask(num_hard_negatives=num_hard_negatives)(queries, candidates)) == 0.0
 
 
 @pytest.mark.parametrize("arguments", [{}, {"labels": np.arange(BATCH) / 4}])
-def test_bfloat16_towers_lose_no_more_than_their_own_rounding(rng, arguments):
+def test_loss_of_bfloat16_towers_is_computed_in_float32(rng, arguments):
     queries, candidates = (jax.numpy.asarray(e, "bfloat16") for e in embeddings(rng, num_candidates=BATCH))
     loss = DistributedTwoTowerTask(dtype="mixed_bfloat16")(queries, candidates, **arguments)
     assert loss.dtype == np.float32
@@ -236,7 +236,7 @@ def test_bfloat16_towers_lose_no_more_than_their_own_rounding(rng, arguments):
     np.testing.assert_allclose(loss, expected(*rounded, **arguments), rtol=1e-6)
 
 
-def test_mixed_precision_does_not_round_the_other_arguments(rng):
+def test_mixed_precision_does_not_round_probabilities(rng):
     keras.config.set_dtype_policy("mixed_bfloat16")
     queries, candidates = embeddings(rng)
     probability = np.full(NUM_CANDIDATES, 1.0, "float32")
@@ -246,14 +246,14 @@ def test_mixed_precision_does_not_round_the_other_arguments(rng):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_float64_and_lists_are_taken(rng):
+def test_float64_and_lists_are_accepted(rng):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     labels = [0.0, 0.25, 0.5, 0.75, 1.0]
     loss = DistributedTwoTowerTask()(queries.astype("float64"), candidates, labels=labels)
     np.testing.assert_allclose(loss, reference.squared_error_loss(queries, candidates, labels), rtol=1e-5)
 
 
-def test_a_masked_tower_gives_no_warning():
+def test_tower_masks_cause_no_warning():
     towers = keras.layers.Embedding(9, 4, mask_zero=True), keras.layers.Embedding(9, 4, mask_zero=True)
     ids = np.arange(5)
     assert np.isfinite(DistributedTwoTowerTask()(towers[0](ids), towers[1](ids)))
@@ -269,7 +269,7 @@ def test_a_masked_tower_gives_no_warning():
     ],
 )
 @pytest.mark.parametrize("how", ["config", "serialize", "copy", "deepcopy"])
-def test_copies_compute_the_same(rng, constructor, how):
+def test_copies_compute_the_same_loss(rng, constructor, how):
     task = DistributedTwoTowerTask(name="the_task", **constructor)
     other = {
         "config": lambda: DistributedTwoTowerTask.from_config(task.get_config()),
@@ -297,7 +297,7 @@ def functional_model(**constructor):
     return keras.Model([users, movies, weights], loss)
 
 
-def test_a_functional_model_trains_on_the_loss():
+def test_functional_model_trains_on_the_loss():
     model = functional_model(remove_accidental_hits=True)
     model.compile("adam", loss=lambda _, task_loss: task_loss)
     inputs = [np.arange(8), np.arange(8)[::-1], np.ones(8, "float32")]
@@ -305,7 +305,7 @@ def test_a_functional_model_trains_on_the_loss():
     assert losses[-1] < losses[0]
 
 
-def test_a_functional_model_has_a_scalar_loss_and_survives_saving(tmp_path):
+def test_functional_model_has_a_scalar_loss_and_can_be_saved(tmp_path):
     model = functional_model(remove_accidental_hits=True, temperature=0.5)
     assert model.output_shape == ()
     assert model.output.dtype == "float32"
@@ -315,7 +315,7 @@ def test_a_functional_model_has_a_scalar_loss_and_survives_saving(tmp_path):
     np.testing.assert_array_equal(loaded(inputs), model(inputs))
 
 
-def test_an_unreduced_loss_has_one_value_for_each_query():
+def test_unreduced_loss_has_one_value_for_each_query():
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, reduction=None)
     assert functional_model(loss=loss).output_shape == (None,)
 
@@ -336,7 +336,7 @@ def test_an_unreduced_loss_has_one_value_for_each_query():
         ({"negatives": "near"}, ValueError, "negatives='near'"),
     ],
 )
-def test_wrong_constructor_arguments_are_refused(arguments, error, words):
+def test_invalid_constructor_arguments_raise(arguments, error, words):
     with pytest.raises(error, match=words):
         DistributedTwoTowerTask(**arguments)
 
@@ -360,7 +360,7 @@ def test_wrong_constructor_arguments_are_refused(arguments, error, words):
     ],
 )
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_arguments_that_do_not_fit_are_refused(arguments, words, symbolic):
+def test_inconsistent_call_arguments_raise(arguments, words, symbolic):
     arguments = {
         "query_embeddings": np.zeros((BATCH, 4)),
         "candidate_embeddings": np.zeros((NUM_CANDIDATES, 4)),
@@ -372,7 +372,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, words, symbolic):
         DistributedTwoTowerTask()(**arguments)
 
 
-def test_accidental_hits_need_ids(rng):
+def test_accidental_hits_require_ids(rng):
     with pytest.raises(ValueError, match="candidate_ids=None"):
         DistributedTwoTowerTask(remove_accidental_hits=True)(*embeddings(rng))
 
@@ -388,14 +388,14 @@ def test_accidental_hits_need_ids(rng):
         ({"negatives": "local"}, "negatives"),
     ],
 )
-def test_labels_and_negatives_exclude_each_other(rng, constructor, name):
+def test_labels_with_arguments_for_negatives_raise(rng, constructor, name):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     arguments = {} if constructor else call_arguments(rng, (name,), num_candidates=BATCH)
     with pytest.raises(ValueError, match=f"`labels` together with `{name}`"):
         DistributedTwoTowerTask(**constructor)(queries, candidates, labels=np.ones(BATCH), **arguments)
 
 
-def test_the_sample_weight_of_a_dict_of_targets_names_the_cure(rng):
+def test_sample_weight_as_a_dict_raises_with_the_fix(rng):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     with pytest.raises(TypeError, match=r"a dict with the keys \['rating'\].*Pass one of its values"):
         DistributedTwoTowerTask()(queries, candidates, sample_weight={"rating": np.ones(BATCH)})
@@ -409,13 +409,13 @@ def test_the_sample_weight_of_a_dict_of_targets_names_the_cure(rng):
         (np.arange(5) + 2**31, ValueError),
     ],
 )
-def test_ids_that_would_change_are_refused(rng, ids, error):
+def test_ids_that_are_not_int32_raise(rng, ids, error):
     queries, candidates = embeddings(rng, num_candidates=BATCH)
     with pytest.raises(error, match="candidate_ids"):
         DistributedTwoTowerTask(remove_accidental_hits=True)(queries, candidates, candidate_ids=ids)
 
 
-def test_the_probability_of_a_padded_row_gets_no_gradient(rng):
+def test_probability_of_padding_has_zero_gradient(rng):
     queries, candidates = rng.normal(size=(4, 3)).astype("float32"), rng.normal(size=(5, 3)).astype("float32")
     probability = np.full(5, 0.1, "float32")
     probability[4] = np.nan
