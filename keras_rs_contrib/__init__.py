@@ -6,7 +6,8 @@ from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
 from keras_rs_contrib.model.callbacks import EvaluateQueries, RefreshCandidates
-from keras_rs_contrib.model.two_tower_model import Recommendations, TwoTowerModel
+from keras_rs_contrib.model.recommend import Recommendations
+from keras_rs_contrib.model.two_tower_model import TwoTowerModel
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives, mixed_sampling_probability
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 import keras_rs
@@ -72,10 +73,14 @@ def check_needs(
         )
 
 
-def check_optimizer_of_tables(optimizer: keras.optimizers.Optimizer | None, model: keras.Model) -> None:
+def check_optimizer_of_tables(optimizer: Any, model: keras.Model) -> None:
     """Raises `ValueError` if an optimizer cannot train a model's row-sparse tables."""
     for layer in _keras.sublayers(model):
-        if optimizer is not None and isinstance(layer, RowSparseEmbedding) and layer.trainable:
+        if (
+            isinstance(optimizer, keras.optimizers.Optimizer)
+            and isinstance(layer, RowSparseEmbedding)
+            and layer.trainable
+        ):
             check_optimizer(optimizer, layer.name)
 
 

@@ -20,29 +20,29 @@ class PaddedModel(_keras.LossPerExample):
     """Keras's entry points for a model with an index: batches are checked and padded, and the index is refreshed.
 
     Attributes:
-        inputs: how batches are checked, and the index. Set by the constructor of a subclass.
+        model_inputs: how batches are checked, and the index. Set by the constructor of a subclass.
         corpus_metrics: metrics of ranks that `evaluate` computes.
     """
 
-    inputs: ModelInputs
+    model_inputs: ModelInputs
     corpus_metrics: list[Any]
     _validation_batches: batches.PaddedBatches | None = None
 
     @property
     def check_inputs(self) -> bool:
         """Whether batches and losses are checked."""
-        return self.inputs.check
+        return self.model_inputs.check
 
     @check_inputs.setter
     def check_inputs(self, check_inputs: bool) -> None:
-        self.inputs.check = check_inputs
+        self.model_inputs.check = check_inputs
 
     @property
     def ranks_in_evaluation(self) -> bool:
         """Whether `evaluate` ranks candidates in the whole corpus."""
         return (
-            self.inputs.retrieval is not None
-            and self.inputs.names.candidate_id is not None
+            self.model_inputs.retrieval is not None
+            and self.model_inputs.names.candidate_id is not None
             and bool(self.corpus_metrics)
         )
 
@@ -52,8 +52,8 @@ class PaddedModel(_keras.LossPerExample):
         Raises:
             ValueError: if the tower has changed in a loaded model, whose index does not hold the tower's inputs.
         """
-        if self.inputs.retrieval is not None:
-            self.inputs.retrieval.refresh_if_stale()
+        if self.model_inputs.retrieval is not None:
+            self.model_inputs.retrieval.refresh_if_stale()
 
     def fit(
         self,
@@ -80,7 +80,7 @@ class PaddedModel(_keras.LossPerExample):
             ValueError: if a batch is invalid, or the loss of an epoch is not finite. `model.history` still holds the
                 epochs up to the error.
         """
-        x = self.inputs.to_arrays(x, y)
+        x = self.model_inputs.to_arrays(x, y)
         if class_weight is not None and isinstance(x, dict) and y is None:
             raise ValueError(
                 "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
@@ -91,7 +91,7 @@ class PaddedModel(_keras.LossPerExample):
                 (x, y, sample_weight), validation_split
             )
         shuffle = shuffle and not hasattr(x, "element_spec")
-        x = self.inputs.batches(
+        x = self.model_inputs.batches(
             x,
             y,
             sample_weight,
@@ -102,8 +102,8 @@ class PaddedModel(_keras.LossPerExample):
         )
         if validation_data is not None:
             if self.ranks_in_evaluation:
-                self.inputs.retrieval.check_can_refresh()  # type: ignore[union-attr]
-            validation_data = self.inputs.batches(
+                self.model_inputs.retrieval.check_can_refresh()  # type: ignore[union-attr]
+            validation_data = self.model_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
@@ -148,7 +148,7 @@ class PaddedModel(_keras.LossPerExample):
         within_fit = x is not None and x is self._validation_batches
         if within_fit:
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
-        x = self.inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        x = self.model_inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
         with WeightGuard(self) as guard:
             logs = super().evaluate(
                 x,
@@ -189,7 +189,7 @@ class PaddedModel(_keras.LossPerExample):
         """
         self.refresh_index()
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
-        x = self.inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
+        x = self.model_inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
         with WeightGuard(self) as guard:
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=_with_callbacks(callbacks, guard))
         is_padding = x.is_padding(len(keras.tree.flatten(outputs)[0]))
@@ -205,14 +205,14 @@ class PaddedModel(_keras.LossPerExample):
             raise ValueError(
                 "`class_weight` is not supported for single batches. Received: one. Pass weights as `sample_weight`."
             )
-        x, y, sample_weight = self.inputs.batch(x, y, sample_weight)
+        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
         self.reset_metrics()
         return super().train_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
-        x, y, sample_weight = self.inputs.batch(x, y, sample_weight)
+        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
         # Keras resets the metrics itself from 3.15 on.
         self.reset_metrics()
         return super().test_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
@@ -221,7 +221,7 @@ class PaddedModel(_keras.LossPerExample):
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
         num_rows = batches.batch_length(x)
-        x, _, _ = self.inputs.batch(x, queries_only=True)
+        x, _, _ = self.model_inputs.batch(x, queries_only=True)
         return keras.tree.map_structure(lambda output: output[:num_rows], super().predict_on_batch(x))
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import keras_rs
@@ -14,7 +14,6 @@ from keras import ops
 
 from keras_rs_contrib import batches, scores
 from keras_rs_contrib.arguments import check_type
-from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.configuration import (
     check_drawn_ids,
@@ -28,8 +27,7 @@ from keras_rs_contrib.model.configuration import (
 from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, select
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
-from keras_rs_contrib.model.queries import CheckedQueries, check_positive_rows, check_query_rows, metrics_of_ranks
-from keras_rs_contrib.model.trainer import PaddedModel
+from keras_rs_contrib.model.recommend import RecommendingModel
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
@@ -39,20 +37,8 @@ from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cross_batch_memory")
 
 
-class Recommendations(NamedTuple):
-    """What `TwoTowerModel.recommend` returns.
-
-    Attributes:
-        ids: `[num_queries, k]` int32 candidate ids, best first, padded with -1 if fewer than k candidates remain.
-        scores: `[num_queries, k]` float32 scores of `ids`, padded with -inf.
-    """
-
-    ids: np.ndarray[Any, np.dtype[np.int32]]
-    scores: np.ndarray[Any, np.dtype[np.float32]]
-
-
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class TwoTowerModel(PaddedModel):
+class TwoTowerModel(RecommendingModel):
     """A two-tower retrieval model on dicts of features.
 
     Batches are dicts of `[batch, ...]` arrays. They come from arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset`,
@@ -180,7 +166,7 @@ class TwoTowerModel(PaddedModel):
         lookups = TowerLookups(towers, functools.partial(self.__call__, training=False))
         probability = sampling_probability if mixed_negatives is None else mixed_negatives.sampling_probability
         # Hidden from Keras's attribute tracking.
-        object.__setattr__(self, "inputs", ModelInputs(names, lookups, self.retrieval, probability, check_inputs))
+        object.__setattr__(self, "model_inputs", ModelInputs(names, lookups, self.retrieval, probability, check_inputs))
         object.__setattr__(self, "_seen_features", {})
 
     # Compilation.
@@ -221,7 +207,9 @@ class TwoTowerModel(PaddedModel):
                 "The metrics of `compile` compare labels with scores. Received: metrics for a model without `label`. "
                 "Set `label` to the name of the feature that holds labels, or pass rank metrics as `corpus_metrics`."
             )
+        check_optimizer_of_tables(optimizer, self)
         super().compile(optimizer, weighted_metrics=all_metrics or None, **kwargs)
+        # Again: under "mixed_float16", Keras wraps the optimizer.
         check_optimizer_of_tables(self.optimizer, self)
         self._has_label_metrics = bool(all_metrics)
 
@@ -252,13 +240,13 @@ class TwoTowerModel(PaddedModel):
             TypeError: if `features` is not a dict.
             ValueError: if features are missing, or the model has no index to retrieve from.
         """
-        self.inputs.names.check(features, self.query_features)
+        self.model_inputs.names.check(features, self.query_features)
         self._note_features(features)
         query_embeddings = self._embed_queries(features, training)
-        exclude_ids = self.inputs.names.exclude_ids(features)
+        exclude_ids = self.model_inputs.names.exclude_ids(features)
         if not any(name in features for name in self.candidate_features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
-        self.inputs.names.check(features, self.candidate_features)
+        self.model_inputs.names.check(features, self.candidate_features)
         candidates = select(features, self.candidate_features)
         result = {"query_embeddings": query_embeddings}
         if training and self.mixed_negatives is not None:
@@ -276,7 +264,7 @@ class TwoTowerModel(PaddedModel):
             return result
         assert self.retrieval is not None
         assert self.candidate_id is not None
-        self.inputs.names.check(features, [self.candidate_id])
+        self.model_inputs.names.check(features, [self.candidate_id])
         result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
         return result
 
@@ -292,7 +280,7 @@ class TwoTowerModel(PaddedModel):
             sample_weight: `[batch]` float; a row of weight 0 is absent.
             training: whether `sampling_probability` counts the batch, and `cross_batch_memory` keeps it.
         """
-        labels = self.inputs.names.labels(x, y)
+        labels = self.model_inputs.names.labels(x, y)
         candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
         candidates = self._candidates(x, y_pred, candidate_mask, training)
         loss = self.task(y_pred["query_embeddings"], labels=labels, sample_weight=sample_weight, **candidates)
@@ -337,7 +325,7 @@ class TwoTowerModel(PaddedModel):
                 metric.update_state(y_pred["ranks"], sample_weight=sample_weight)
         labels = predictions = None
         if self._has_label_metrics:
-            labels = ops.expand_dims(self.inputs.names.labels(x, y), 1)
+            labels = ops.expand_dims(self.model_inputs.names.labels(x, y), 1)
             predictions = scores.pairwise_scores(
                 y_pred["query_embeddings"], y_pred["candidate_embeddings"], self.task.similarity
             )
@@ -348,102 +336,6 @@ class TwoTowerModel(PaddedModel):
             for metric in self.corpus_metrics:
                 result.pop(metric.name, None)
         return result
-
-    # Retrieval.
-
-    def recommend(
-        self,
-        query_features: dict[str, Any],
-        k: int | None = None,
-        exclude_ids: Any = None,
-        verbose: int | str = "auto",
-    ) -> Recommendations:
-        """Returns the best candidates for each query.
-
-        Args:
-            query_features: dict of `[num_queries, ...]` arrays.
-            k: number of candidates to return for each query. By default, the `k` of the index.
-            exclude_ids: `[num_queries, m]` ints, excluded ids of each query, padded with -1; `group_candidate_ids`
-                creates them. By default, the values of `exclude_feature`, if the features hold it.
-            verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
-
-        Returns:
-            `Recommendations(ids, scores)`, both `[num_queries, k]`, int32 and float32.
-
-        Raises:
-            TypeError: if `exclude_ids` are not integers.
-            ValueError: if features are missing or invalid, `k` exceeds the number of candidates, or shapes do not
-                match.
-        """
-        index = self._index()
-        k = index.k if k is None else k
-
-        def find(features: dict[str, Any], exclude_ids: Any) -> tuple[Any, Any]:
-            scores, ids = index.find(self._embed_queries(features), k, exclude_ids)
-            return ids, scores
-
-        queries = self._queries(query_features, exclude_ids)
-        self.refresh_index()
-        return Recommendations(*queries.search(find, verbose))
-
-    def evaluate_queries(
-        self,
-        query_features: dict[str, Any],
-        positive_ids: Any,
-        exclude_ids: Any = None,
-        metrics: Iterable[RankMetric] | None = None,
-        verbose: int | str = "auto",
-    ) -> dict[str, float]:
-        """Returns the corpus metrics of queries with several positives, such as the held-out films of each user.
-
-        `evaluate` ranks each pair of a query and a positive separately. Here, all positives of a query are ranked in
-        one list, and each query counts once.
-
-        Args:
-            query_features: dict of `[num_queries, ...]` arrays.
-            positive_ids: `[num_queries, m]` ints, positives of each query, padded with -1; `group_candidate_ids`
-                creates them. A query without positives does not count.
-            exclude_ids: `[num_queries, n]` ints, excluded ids of each query, such as those that it has seen in
-                training, padded with -1. By default, the values of `exclude_feature`, if the features hold it.
-            metrics: rank metrics, whose state does not change. By default, `corpus_metrics` of the model.
-            verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
-
-        Returns:
-            Dict of the value of each metric, a float, by name.
-
-        Raises:
-            TypeError: if ids are not integers.
-            ValueError: if features are missing or invalid, a positive is not a candidate, or shapes do not match.
-        """
-        index = self._index()
-        queries = self._queries(query_features, exclude_ids)
-        positive_ids = check_positive_rows(positive_ids, queries.number)
-
-        def rank(features: dict[str, Any], exclude_ids: Any, positive_ids: Any) -> tuple[Any]:
-            return (index.ranks(self._embed_queries(features), positive_ids, exclude_ids),)
-
-        self.refresh_index()
-        (ranks,) = queries.search(rank, verbose, positive_ids)
-        return metrics_of_ranks(self.corpus_metrics if metrics is None else metrics, ranks)
-
-    def _queries(self, features: dict[str, Any], exclude_ids: Any) -> CheckedQueries:
-        features, number = self.inputs.queries(features)
-        if exclude_ids is None:
-            exclude_ids = self.inputs.names.exclude_ids(features)
-        if exclude_ids is not None:
-            exclude_ids = check_query_rows(exclude_ids, "exclude_ids", number)
-        return CheckedQueries({name: features[name] for name in self.query_features}, exclude_ids, number)
-
-    def _embed_queries(self, features: dict[str, Any], training: bool | None = False) -> Any:
-        return self.query_tower(select(features, self.query_features), training=training)
-
-    def _index(self) -> ShardedBruteForceRetrieval:
-        if self.retrieval is None:
-            raise ValueError(
-                "Retrieval needs an index. Received: a model without one, whose candidate tower is not an embedding. "
-                "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
-            )
-        return self.retrieval
 
     # Saving.
 

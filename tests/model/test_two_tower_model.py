@@ -463,7 +463,7 @@ def test_a_model_without_an_index_trains_but_cannot_retrieve():
 
 
 def test_an_index_with_its_own_candidate_ids():
-    """The data number films 1000, 1003, ...; the tower numbers them by row."""
+    """Film ids are 1000, 1003, ... in the data, and row numbers in the tower."""
     ids = np.arange(NUM_MOVIES) * 3 + 1000
     tower = keras.layers.Embedding(NUM_MOVIES, DIMENSION)
     index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=5), tower, candidate_ids=ids)
