@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 from keras import ops
@@ -186,7 +187,9 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     def get_jax_iterator(self) -> Iterator[tuple[Any, Any, Any]]:
         """Returns an iterator over one epoch, whose batches Keras can distribute over devices."""
-        return ((x, _keras.distributable_targets(y), sample_weight) for x, y, sample_weight in self)
+        for x, y, sample_weight in self:
+            batch = keras.tree.map_structure(_as_jax_has_it, (x, y, sample_weight), none_is_leaf=False)
+            yield batch[0], _keras.distributable_targets(batch[1]), batch[2]
 
     @property
     def num_batches(self) -> int | None:
@@ -246,6 +249,11 @@ def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[A
 
     x, y = keras.tree.map_structure(repeat_last, (x, y), none_is_leaf=False)
     return x, y, keras.tree.map_structure(add_zeros, sample_weight)
+
+
+def _as_jax_has_it(array: Any) -> Any:
+    """Returns an array of the dtype that JAX converts it to: from 0.12 on, JAX warns if Keras leaves that to it."""
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
 def is_present(sample_weight: Any) -> Any:
