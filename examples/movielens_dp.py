@@ -95,7 +95,7 @@ flags.DEFINE_enum(
     "rating",
     list(DEFAULTS),
     "`rating`, as in the tutorial: the score of a user and a film predicts the rating. `retrieval`: a film that the "
-    "user has rated, whatever its stars, scores higher than the other films of the batch (in-batch softmax).",
+    "user has rated, high or low, scores higher than the other films of the batch (in-batch softmax).",
 )
 flags.DEFINE_integer("epochs", None, f"Passes over the training ratings. {by_objective('epochs')}", lower_bound=1)
 flags.DEFINE_integer(

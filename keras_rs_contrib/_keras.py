@@ -11,11 +11,12 @@ import keras
 from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from keras.src.trainers.data_adapters import GeneratorDataAdapter, get_data_adapter
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 # 1. `fit` turns arrays, datasets and generators into batches by these classes, and accepts an adapter in their place.
 #    Padding must happen between the two. Replacement: a public `keras.utils.DataAdapter`.
+from keras.src.trainers.data_adapters import GeneratorDataAdapter, get_data_adapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
 __all__ = [
     "DataAdapter",
     "GeneratorDataAdapter",

@@ -1,4 +1,4 @@
-"""Batches whose size divides over the devices, whatever the data they are cut from."""
+"""Batches whose size divides over the devices, from any data that `fit` takes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def padded_batches(
     if isinstance(x, PaddedBatches):
         if y is not None or sample_weight is not None:
             raise ValueError(
-                "Padded batches hold targets and weights. Received: `y` or `sample_weight` beside them. "
+                "Padded batches hold targets and weights. Received: `y` or `sample_weight` as well. "
                 "Pass them to `pad_batches`, as `(x, y, sample_weight)`."
             )
         return PaddedBatches(x.adapter, x.multiple, prepare, x.has_weights_only)
@@ -188,7 +188,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     def get_jax_iterator(self) -> Iterator[tuple[Any, Any, Any]]:
         """Returns an iterator over one epoch, whose batches Keras can distribute over devices."""
         for x, y, sample_weight in self:
-            batch = keras.tree.map_structure(_as_jax_has_it, (x, y, sample_weight), none_is_leaf=False)
+            batch = keras.tree.map_structure(_with_jax_dtype, (x, y, sample_weight), none_is_leaf=False)
             yield batch[0], _keras.distributable_targets(batch[1]), batch[2]
 
     @property
@@ -251,8 +251,8 @@ def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[A
     return x, y, keras.tree.map_structure(add_zeros, sample_weight)
 
 
-def _as_jax_has_it(array: Any) -> Any:
-    """Returns an array of the dtype that JAX converts it to: from 0.12 on, JAX warns if Keras leaves that to it."""
+def _with_jax_dtype(array: Any) -> Any:
+    """Returns an array with the dtype that JAX would convert it to, and from 0.12 on warns about."""
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 

@@ -4,7 +4,7 @@ r"""Compares the quality of recommendations with that of simple methods, on the 
     TFDS_DATA_DIR=... python examples/benchmarks/quality.py
     TFDS_DATA_DIR=... python examples/benchmarks/quality.py --tune
 
-Every rating is a positive, whatever its stars. A random fifth of the ratings is held out. The list of a user holds all
+Every rating is a positive, even a low one. A random fifth of the ratings is held out. The list of a user holds all
 films that the user has not rated in training. Each user with held-out ratings counts once. The methods:
 
 - Towers: `movielens_dp.py` with its defaults, run as a program, once for each split and seed.

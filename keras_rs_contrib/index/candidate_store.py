@@ -387,7 +387,7 @@ def check_k(k: int, num_candidates: int | None, num_excluded: int = 0) -> None:
 def _replace(variable: keras.Variable, value: np.ndarray[Any, Any]) -> None:
     """Assigns a value that may have another number of rows than before."""
     if tuple(value.shape) != tuple(variable.shape):
-        # Whatever can fail, fails before the variable changes.
+        # The conversion may fail, and must do so before the variable changes.
         value = ops.convert_to_tensor(value, dtype=variable.dtype)
         _keras.set_shape(variable, tuple(value.shape))
     variable.assign(value)

@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 from keras import ops
 
-# Candidates that go through a feature tower at once: enough to keep it busy, with little memory beside its own.
+# Candidates that go through a feature tower at once: enough to keep it busy, with little memory.
 REFRESH_BLOCK_SIZE = 4096
 # A refresh of more blocks than this shows a progress bar.
 MANY_BLOCKS = 16

@@ -37,7 +37,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
     candidates that are not returned for a query. `ranks` returns the rank of a candidate in a query's whole list.
 
     If every device holds the table, each scores its own part of the batch, without traffic. If the rows are split, the
-    devices exchange their best k rows for each query. Scores are computed in blocks, and sums are float32 whatever the
+    devices exchange their best k rows for each query. Scores are computed in blocks, and sums are float32 for any
     dtype of the tower. A NaN score counts as -inf.
 
     The tower is a layer of the index: settings of the index, such as `trainable`, apply to the tower too. Within one
@@ -128,7 +128,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         return (scores, ids) if self.return_scores else ids
 
     def find(self, query_embeddings: Any, k: int, exclude_ids: Any = None) -> tuple[Any, Any]:
-        """Returns the `k` candidates with the highest scores, whatever `k` and `return_scores` of the index.
+        """Returns the `k` candidates with the highest scores, independent of the `k` and `return_scores` of the index.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float.

@@ -48,8 +48,8 @@ def shard_candidates(
             divide over the axis; those of a `ShardedEmbedding` are padded. Set it before the optimizer is built:
             existing slots keep their layout.
         block_size: the number of scores that each device computes at once, 4 bytes each; by default 2**26, which is
-            256 MiB. A call needs about that much memory beside the table, `ranks` twice that. A smaller block scores
-            fewer queries at once, which takes longer if there are many candidates.
+            256 MiB. A call needs about that much memory in addition to the table, `ranks` twice that. A smaller block
+            scores fewer queries at once, which takes longer if there are many candidates.
         recall_target: the share of the exact top-k, in (0, 1], that is enough. On a TPU, `jax.lax.approx_max_k` then
             finds about that share on average, in less time. On other devices, and by default, all are found.
 
