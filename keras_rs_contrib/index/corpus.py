@@ -91,15 +91,16 @@ def check_finite(embeddings: Any) -> None:
 def checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Returns two numbers that change with any bit of the variables, and with the order of their elements.
 
-    Formula, modulo 2**32, from `c = 1`, for each variable: `c = 31 c + sum over i of bits[i] w[i]`. The weights `w[i]`
-    are odd, so that no change of a single element is lost. Zeros at the end of a variable add nothing, and so padding
+    Formula, modulo 2**32, from `c = 1`, for each variable: `c = 31 c + sum over i of mix(bits[i]) w[i]`. The weights
+    `w[i]` are odd, so that no change of a single element is lost. `mix` is the finalizer of MurmurHash3 (A. Appleby,
+    2011): without it, pairs of flipped signs would cancel. Zeros at the end of a variable add nothing, and so padding
     rows do not count.
     """
     if keras.backend.backend() == "jax":
         return np.asarray(_jax_checksum([variable.value for variable in variables])).view("int32")
     total = np.ones(2, "uint32")
     for variable in variables:
-        bits = _bits(ops.convert_to_numpy(variable.value))
+        bits = _mixed(_bits(ops.convert_to_numpy(variable.value)))
         for i, (factor, offset) in enumerate(CHECKSUM_WEIGHTS):
             weights = (np.arange(bits.size, dtype="uint32") * np.uint32(factor) + np.uint32(offset)) | np.uint32(1)
             # Slices, because scalars warn when they overflow.
@@ -112,13 +113,20 @@ def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint32]]:
     return (array if array.dtype == bool else array.view(f"uint{array.dtype.itemsize * 8}")).astype("uint32")
 
 
+def _mixed(bits: Any) -> Any:
+    """Returns a nonlinear function of each of the uint32 numbers, 0 for 0 and different for different ones."""
+    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> np.uint32(16))
+
+
 @jax.jit
 def _jax_checksum(arrays: list[Any]) -> Any:
     total = jnp.ones(2, jnp.uint32)
     for array in arrays:
         size = array.dtype.itemsize * 8
         bits = lax.bitcast_convert_type(array, f"uint{size}") if array.dtype != bool else array
-        bits = bits.reshape(-1).astype(jnp.uint32)
+        bits = _mixed(bits.reshape(-1).astype(jnp.uint32))
         places = lax.iota(jnp.uint32, bits.size)
         for i, (factor, offset) in enumerate(CHECKSUM_WEIGHTS):
             weights = (places * np.uint32(factor) + np.uint32(offset)) | np.uint32(1)

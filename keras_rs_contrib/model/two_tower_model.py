@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import keras_rs
-import numpy as np
 from keras import ops
 
 from keras_rs_contrib import batches, scores
@@ -350,10 +349,12 @@ class TwoTowerModel(RecommendingModel):
         super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the model's own weights. Files of version 0.1 hold the checksum of the index among them."""
-        if list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied:
-            self.retrieval.tower_checksum.assign(np.asarray(store["0"]).view("int32"))
-        else:
+        """Loads the model's own weights.
+
+        In files of version 0.1, a checksum of another kind is one of them. It is ignored: the index counts as fresh.
+        """
+        is_old = list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied
+        if not is_old:
             super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:

@@ -57,6 +57,25 @@ class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
         return self.regularizer(ops.convert_to_tensor(x)[: self.num_rows])
 
 
+class PaddedConstraint(keras.constraints.Constraint):  # type: ignore[misc]
+    """Applies a constraint to the rows without padding.
+
+    Args:
+        constraint: a Keras constraint.
+        num_rows: number of rows without padding.
+    """
+
+    def __init__(self, constraint: Any, num_rows: int) -> None:
+        self.constraint = keras.constraints.get(constraint)
+        self.num_rows = num_rows
+
+    def __call__(self, w: Any) -> Any:
+        """Returns the constrained table, with zeros in the padding rows."""
+        w = ops.convert_to_tensor(w)
+        rows = self.constraint(w[: self.num_rows])
+        return ops.pad(rows, ((0, w.shape[0] - self.num_rows), *[(0, 0)] * (len(w.shape) - 1)))
+
+
 def add_table(
     layer: keras.layers.Layer,
     name: str,
@@ -104,6 +123,8 @@ def add_table(
         initializer = PaddedInitializer(initializer, num_rows)
         if regularizer is not None:
             regularizer = PaddedRegularizer(regularizer, num_rows)
+        if constraint is not None:
+            constraint = PaddedConstraint(constraint, num_rows)
     # Without an explicit layout, Keras applies its layout map.
     laid_out = {"layout": layout.row_sharding(axis)} if axis is not None and axis == mesh_axis else {}
     with keras.name_scope(layer.name, caller=layer):

@@ -99,7 +99,13 @@ class RowSparseTable(RowSparseVariable):
     def value(self) -> Any:
         """The tensor. In a JAX trace, a gradient through it is an error."""
         value = super().value
-        return constant(value, self.path) if isinstance(value, jax.core.Tracer) else value
+        if isinstance(value, jax.core.Tracer):
+            return constant(value, self.path)
+        # `fit` takes the values out of the variables, and only then some optimizers read `overwrite_with_gradient`: an
+        # error would come too late to keep the values.
+        for optimizer in _optimizers_of_fit():
+            check_optimizer(optimizer, self.path)
+        return value
 
     @property
     def value_for_lookup(self) -> Any:
@@ -170,6 +176,14 @@ def _is_called_by_an_optimizer() -> bool:
 def _optimizers_on_the_stack() -> list[keras.optimizers.Optimizer]:
     callers = (frame.f_locals.get("self") for frame in _callers(sys._getframe(1)))
     return [caller for caller in callers if isinstance(caller, keras.optimizers.Optimizer)]
+
+
+def _optimizers_of_fit() -> list[keras.optimizers.Optimizer]:
+    # `fit` reads the values through at most two other functions.
+    callers = [frame for frame, _ in zip(_callers(sys._getframe(2)), range(4), strict=False)]
+    models = [frame.f_locals.get("self") for frame in callers if frame.f_code.co_name == "fit"]
+    optimizers = [getattr(model, "optimizer", None) for model in models]
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, keras.optimizers.Optimizer)]
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -24,6 +24,11 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
     have the same shape everywhere. Padding rows are zeros. They are never looked up, trained, retrieved or saved. A
     file loads on any mesh, with its optimizer state. A plain `keras.layers.Embedding` can load it, and vice versa.
 
+    Optimizer slots include the padding rows, in files too: their state loads with the same `row_multiple` only. For
+    another one, for a plain `keras.layers.Embedding`, and for files of version 0.1 whose model creates this layer in
+    its constructor, call `load_weights` before `compile`; the latter also load with `row_multiple=1`. Optimizers that
+    average over the whole table, such as Adafactor, count the padding rows.
+
     `embeddings.shape` and `get_weights()` include the padding rows. Use `embeddings[:input_dim]` in operations on the
     whole table.
 

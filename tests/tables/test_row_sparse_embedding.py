@@ -542,9 +542,14 @@ def test_loss_scaling_raises():
     ],
 )
 def test_a_two_tower_model_checks_its_optimizer_in_compile(make, fix):
-    assert_refused(Misused(), rf"(?s)optimizer of a model with a `RowSparseEmbedding`.*{fix}", make())
+    message = rf"(?s)optimizer of a model with a `RowSparseEmbedding`.*{fix}"
+    # Other models check it in `fit`, before Keras takes their weights.
+    model = Misused()
+    before = [np.array(v) for v in model.tower.weights]
+    assert_refused(model, message, make())
+    jax.tree.map(np.testing.assert_array_equal, [np.array(v) for v in model.tower.weights], before)
     model = TwoTowerModel(RowSparseEmbedding(9, DIMENSION), keras.layers.Embedding(9, DIMENSION), "user", "movie")
-    with pytest.raises(ValueError, match=rf"(?s)optimizer of a model with a `RowSparseEmbedding`.*{fix}"):
+    with pytest.raises(ValueError, match=message):
         model.compile(make())
     model.query_tower.trainable = False
     model.compile(make())

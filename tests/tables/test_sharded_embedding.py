@@ -120,6 +120,13 @@ def small_fit(optimizer=None, **arguments):
     return history.history["loss"], model.get_weights()[0]
 
 
+class Centered(keras.constraints.Constraint):
+    """Depends on all rows."""
+
+    def __call__(self, w):
+        return w - keras.ops.mean(w, axis=0, keepdims=True)
+
+
 class DistanceToOne(keras.regularizers.Regularizer):
     """A penalty that is not zero for padding rows."""
 
@@ -136,8 +143,9 @@ class DistanceToOne(keras.regularizers.Regularizer):
         {"embeddings_regularizer": lambda: keras.regularizers.OrthogonalRegularizer(0.01, mode="rows")},
         {"embeddings_regularizer": lambda: DistanceToOne()},
         {"embeddings_constraint": lambda: keras.constraints.UnitNorm(axis=1)},
+        {"embeddings_constraint": lambda: Centered()},
     ],
-    ids=["accumulation", "Lamb", "L2", "orthogonal rows", "mean", "unit norm"],
+    ids=["accumulation", "Lamb", "L2", "orthogonal rows", "mean", "unit norm", "centered"],
 )
 def test_padding_does_not_change_training(arguments):
     expected_losses, expected_table = small_fit(**{name: make() for name, make in arguments.items()}, row_multiple=1)
