@@ -210,7 +210,7 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     rows, candidate_ids = rows[by_row], candidate_ids[wanted][by_row]
     counts = np.bincount(rows, minlength=len(queries))
     columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    result = np.full((len(queries), max(1, counts.max(initial=0))), NO_CANDIDATE, np.int32)
+    result = np.full((len(queries), max(1, int(counts.max(initial=0)))), NO_CANDIDATE, np.int32)
     result[rows, columns] = candidate_ids
     return result
 

@@ -8,14 +8,13 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.extend.core
 import keras
 
 from keras_rs_contrib.tables.row_update import constant
 
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:  # JAX 0.9 and older.
-    from jax.core import get_opaque_trace_state
+# JAX 0.9 and older have it in `jax.core`.
+_TRACE_MODULE: Any = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
 
 
 class RowUpdate:
@@ -159,7 +158,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer, table: str) -> None:
 
 
 def _current_trace() -> Any:
-    return get_opaque_trace_state(convention="flax")
+    return _TRACE_MODULE.get_opaque_trace_state(convention="flax")
 
 
 # Keras has no hook for a variable to reject an optimizer, and `assign` does not know its caller. Values that users
