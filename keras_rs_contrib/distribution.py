@@ -43,5 +43,12 @@ def num_replicas() -> int:
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh is None:
         return 1
-    mesh = distribution.device_mesh
-    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(distribution.batch_dim_name, 1))
+    return axis_size(distribution.batch_dim_name)
+
+
+def axis_size(axis: str | None) -> int:
+    """Returns the number of devices along an axis of the mesh in force; 1 for `None`, or if the mesh lacks the axis."""
+    if axis is None:
+        return 1
+    mesh = keras.distribution.distribution().device_mesh
+    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1))

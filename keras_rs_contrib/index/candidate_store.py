@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.distribution import axis_size
 from keras_rs_contrib.ids import check_corpus_ids
 from keras_rs_contrib.index import corpus
 from keras_rs_contrib.tables import layout
@@ -51,8 +52,7 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
             if self.candidate_tower.built:
                 self._split_rows()
         elif candidates is not None:
-            self._assign_corpus(corpus.embed(self.candidate_tower, candidates), candidate_ids)
-            self.tower_checksum.assign(self._current_checksum())
+            self._embed_corpus(candidates, candidate_ids)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The base class clears the attribute in its constructor.
@@ -155,9 +155,8 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
             )
         # Before the tower runs, which may take long.
         candidate_ids = self._check_corpus(corpus.num_rows(candidates), candidate_ids)
-        self._assign_corpus(corpus.embed(self.candidate_tower, candidates, verbose), candidate_ids)
+        self._embed_corpus(candidates, candidate_ids, verbose)
         self._keep(candidates)
-        self.tower_checksum.assign(self._current_checksum())
 
     def refresh_if_stale(self, verbose: int | str = "auto") -> None:
         """Refreshes an index over a feature tower if the tower's weights have changed since the last refresh.
@@ -309,9 +308,14 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
         _replace(table, embeddings)
         self._num_refreshed = num_candidates
 
+    def _embed_corpus(self, candidates: Any, candidate_ids: Any, verbose: int | str = "auto") -> None:
+        """Assigns the tower's output for the candidates, and notes the weights that computed it."""
+        self._assign_corpus(corpus.embed(self.candidate_tower, candidates, verbose), candidate_ids)
+        self.tower_checksum.assign(self._current_checksum())
+
     def _row_multiple(self) -> int:
         # A corpus has no optimizer slots, and is saved without padding: the least that the mesh in force needs.
-        return layout.axis_size(layout.axis_of_rows(self.mesh_axis, f"{self.path or self.name}/candidate_embeddings"))
+        return axis_size(layout.axis_of_rows(self.mesh_axis, f"{self.path or self.name}/candidate_embeddings"))
 
     def _add_corpus(self, shape: tuple[int, int]) -> None:
         name = "candidate_embeddings"

@@ -40,19 +40,18 @@ def check_numbers(batch: int, features: dict[str, Any]) -> None:
             )
 
 
-def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, list[AllowedIds]]) -> None:
+def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, AllowedIds]) -> None:
     """Raises `ValueError` if an id is not allowed.
 
     Args:
         batch: the number of the batch, for the error.
         features: `[num_rows, ...]` arrays.
-        allowed: the values that some of them may have, in one or several tables.
+        allowed: the values that some of them may have.
     """
-    for name, tables in allowed.items():
+    for name, ids in allowed.items():
         values = np.asarray(features[name]) if name in features else np.empty(0)
         if values.size:
-            for table in tables:
-                _check_ids(batch, name, values, table)
+            _check_ids(batch, name, values, ids)
 
 
 def without_strings(features: dict[str, Any], needed: list[str]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class ModelInputs:
 
     def _prepare(
         self,
-        corpus_ids: dict[str, list[AllowedIds]],
+        corpus_ids: dict[str, AllowedIds],
         queries_only: bool,
         number: int,
         x: Any,
@@ -119,11 +119,10 @@ class ModelInputs:
             feature_checks.check_numbers(number, described)
             # The ids of the corpus first: a tower may look up fewer.
             feature_checks.check_ids(number, features, corpus_ids)
-            lookups = self.lookups.find(features)
-            feature_checks.check_ids(number, features, {name: [ids] for name, ids in lookups.items()})
+            feature_checks.check_ids(number, features, self.lookups.find(features))
         return x, y, sample_weight
 
-    def _corpus_ids(self, queries_only: bool) -> dict[str, list[AllowedIds]]:
+    def _corpus_ids(self, queries_only: bool) -> dict[str, AllowedIds]:
         """Returns which ids of candidates the index and the sampling probability know."""
         if queries_only or not self.check or self.names.candidate_id is None:
             return {}
@@ -136,5 +135,4 @@ class ModelInputs:
         elif self.retrieval is not None and self.retrieval.num_candidates is not None:
             allowed.append(AllowedIds(self.retrieval.num_candidates, "the index"))
         # An index with its own ids says the most, then the smaller table.
-        strictest = sorted(allowed, key=lambda ids: (ids.ids is None, ids.num_rows))[:1]
-        return {self.names.candidate_id: strictest} if strictest else {}
+        return {self.names.candidate_id: min(allowed, key=lambda a: (a.ids is None, a.num_rows))} if allowed else {}

@@ -10,6 +10,7 @@ import keras
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.distribution import axis_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +90,6 @@ def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
         return None
     axis: str | None = distribution.get_variable_layout(types.SimpleNamespace(path=path, shape=(1, 1))).axes[0]
     return axis
-
-
-def axis_size(axis: str | None) -> int:
-    """Returns the number of devices along an axis of the mesh in force; 1 for `None`."""
-    if axis is None:
-        return 1
-    mesh = keras.distribution.distribution().device_mesh
-    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True))[axis])
 
 
 def row_sharding(axis: str) -> NamedSharding:

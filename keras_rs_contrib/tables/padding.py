@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.distribution import axis_size
 from keras_rs_contrib.tables import layout
 
 # Divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192.
@@ -33,8 +34,7 @@ class PaddedInitializer:
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """Returns `[shape[0], ...]` values. The first `num_rows` rows do not depend on the padding."""
-        values = self.initializer((self.num_rows, *shape[1:]), dtype=dtype)
-        return ops.pad(values, ((0, shape[0] - self.num_rows), *[(0, 0)] * (len(shape) - 1)))
+        return _with_zero_rows(self.initializer((self.num_rows, *shape[1:]), dtype=dtype), shape[0])
 
 
 class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
@@ -72,8 +72,7 @@ class PaddedConstraint(keras.constraints.Constraint):  # type: ignore[misc]
     def __call__(self, w: Any) -> Any:
         """Returns the constrained table, with zeros in the padding rows."""
         w = ops.convert_to_tensor(w)
-        rows = self.constraint(w[: self.num_rows])
-        return ops.pad(rows, ((0, w.shape[0] - self.num_rows), *[(0, 0)] * (len(w.shape) - 1)))
+        return _with_zero_rows(self.constraint(w[: self.num_rows]), w.shape[0])
 
 
 def add_table(
@@ -189,8 +188,13 @@ class UnpaddedStore:
         return self.store.keys()
 
 
+def _with_zero_rows(values: Any, num_rows: int) -> Any:
+    """Returns a tensor of `num_rows` rows: `values`, and zeros."""
+    return ops.pad(values, ((0, num_rows - values.shape[0]), *[(0, 0)] * (len(values.shape) - 1)))
+
+
 def _check_padding_divides(num_padded_rows: int, row_multiple: int, axis: str | None, path: str) -> None:
-    num_shards = layout.axis_size(axis)
+    num_shards = axis_size(axis)
     if num_padded_rows % num_shards == 0:
         return
     if row_multiple == 1:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from conftest import data_parallel, model_parallel
 
+from keras_rs_contrib import distribution
 from keras_rs_contrib.tables import layout
 
 
@@ -73,10 +74,10 @@ def test_an_unknown_mesh_axis_raises():
 
 def test_the_axis_of_rows_is_the_requested_axis_or_follows_the_layout_map():
     assert layout.axis_of_rows("batch", "table") is None
-    assert layout.axis_size(None) == 1
+    assert distribution.axis_size(None) == 1
     keras.distribution.set_distribution(data_parallel(8))
     assert layout.axis_of_rows("batch", "table") == "batch"
-    assert layout.axis_size("batch") == 8
+    assert distribution.axis_size("batch") == 8
     # The axis of a loaded model may belong to another mesh.
     assert layout.axis_of_rows("model", "table") is None
     assert layout.axis_of_rows(None, "table") is None
@@ -85,4 +86,4 @@ def test_the_axis_of_rows_is_the_requested_axis_or_follows_the_layout_map():
     assert layout.axis_of_rows("another", "table") == "model"
     assert layout.axis_of_rows("batch", "table") == "batch"
     assert layout.axis_of_rows(None, "another") is None
-    assert layout.axis_size("model") == 3
+    assert distribution.axis_size("model") == 3
