@@ -18,7 +18,7 @@ from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class ModelInputs:
     """What a model knows about its batches, and the way from any data to them.
 

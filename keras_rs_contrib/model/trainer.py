@@ -12,7 +12,6 @@ import keras
 from keras_rs_contrib import _keras, batches
 from keras_rs_contrib.model.feature_names import is_missing
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, not_finite
-from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
@@ -20,22 +19,14 @@ class PaddedModel(_keras.LossPerExample):
     """Keras's entry points for a model with an index: batches are checked and padded, and the index is refreshed.
 
     Attributes:
-        model_inputs: how batches are checked, and the index. Set by the constructor of a subclass.
+        model_inputs: how batches are checked, and the index. A property of a subclass, derived from its layers.
         corpus_metrics: metrics of ranks that `evaluate` computes.
+        check_inputs: whether batches and losses are checked.
     """
 
-    model_inputs: ModelInputs
     corpus_metrics: list[Any]
+    check_inputs: bool
     _validation_batches: batches.PaddedBatches | None = None
-
-    @property
-    def check_inputs(self) -> bool:
-        """Whether batches and losses are checked."""
-        return self.model_inputs.check
-
-    @check_inputs.setter
-    def check_inputs(self, check_inputs: bool) -> None:
-        self.model_inputs.check = check_inputs
 
     @property
     def ranks_in_evaluation(self) -> bool:
@@ -102,7 +93,7 @@ class PaddedModel(_keras.LossPerExample):
         )
         if validation_data is not None:
             if self.ranks_in_evaluation:
-                self.model_inputs.retrieval.check_can_refresh()  # type: ignore[union-attr]
+                self.model_inputs.retrieval.check_can_refresh()
             validation_data = self.model_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
                 batch_size=validation_batch_size or batch_size,

@@ -158,15 +158,22 @@ class TwoTowerModel(RecommendingModel):
         check_needs(task, self.label, self.candidate_id, sampling_probability, mixed_negatives, cross_batch_memory)
         check_drawn_ids(mixed_negatives, candidate_tower, self.candidate_features, self.candidate_id)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
+        self.check_inputs = check_inputs
+        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
+        # Hidden from Keras's attribute tracking.
+        object.__setattr__(self, "_lookups", TowerLookups(towers, functools.partial(self.__call__, training=False)))
+        object.__setattr__(self, "_seen_features", {})
+
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """How batches are checked, by the layers that the model has now."""
         names = FeatureNames(
             self.query_features, self.candidate_features, self.candidate_id, self.label, self.exclude_feature
         )
-        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
-        lookups = TowerLookups(towers, functools.partial(self.__call__, training=False))
-        probability = sampling_probability if mixed_negatives is None else mixed_negatives.sampling_probability
-        # Hidden from Keras's attribute tracking.
-        object.__setattr__(self, "model_inputs", ModelInputs(names, lookups, self.retrieval, probability, check_inputs))
-        object.__setattr__(self, "_seen_features", {})
+        probability = self.sampling_probability
+        if self.mixed_negatives is not None:
+            probability = self.mixed_negatives.sampling_probability
+        return ModelInputs(names, self._lookups, self.retrieval, probability, self.check_inputs)
 
     # Compilation.
 
