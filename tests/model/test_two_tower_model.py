@@ -709,6 +709,17 @@ def test_the_index_of_a_clone_belongs_to_the_clones_tower():
         assert clone.candidate_tower is not model.candidate_tower
 
 
+def test_an_index_that_is_assigned_later_is_the_one_that_is_refreshed():
+    model = make_deep_model()
+    index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=5), model.candidate_tower, candidates=MOVIES)
+    # Keras goes on to track the old index, and expects it to be built.
+    model.retrieval(np.zeros((1, DIMENSION), "float32"))
+    model.retrieval = index
+    model.candidate_tower.set_weights([2 * weight for weight in model.candidate_tower.get_weights()])
+    model.evaluate(DATA, verbose=0)
+    np.testing.assert_allclose(index.candidate_embeddings, model.candidate_tower(MOVIES), rtol=1e-5)
+
+
 def test_a_loaded_model_that_cannot_validate_raises_before_training(deep_model, tmp_path):
     deep_model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
