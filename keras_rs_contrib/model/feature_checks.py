@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -24,7 +26,7 @@ class AllowedIds:
 
 
 def check_numbers(batch: int, features: dict[str, Any]) -> None:
-    """Raises `ValueError` if a feature is not finite.
+    """Raises `ValueError` if a feature is not finite, or infinite in the dtype in which JAX computes.
 
     Args:
         batch: the number of the batch, for the error.
@@ -32,23 +34,74 @@ def check_numbers(batch: int, features: dict[str, Any]) -> None:
     """
     for name, values in features.items():
         values = np.asarray(values)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
+        if values.dtype.kind != "f":
+            continue
+        if not np.isfinite(values).all():
             place = tuple(np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
                 f"{name} must hold finite numbers. Received: {values[place]} in row {place[0]} of batch {batch}. "
                 "Fill in missing values, or leave such rows out."
             )
+        dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+        largest = np.finfo(dtype).max if dtype != values.dtype else np.inf
+        if values.size and np.abs(values).max() > largest:
+            place = tuple(np.argwhere(np.abs(values) > largest)[0])
+            raise ValueError(
+                f"{name} must be in the range of {dtype}, in which JAX computes. Received: {values[place]} in row "
+                f"{place[0]} of batch {batch}. Scale the values, for instance by their standard deviation."
+            )
 
 
-def check_ids(batch: int, features: dict[str, Any], allowed: dict[str, AllowedIds]) -> None:
+def check_range(batch: int, feature: str, values: Any, dtype: Any = None) -> None:
+    """Raises `ValueError` if JAX would change an integer.
+
+    Args:
+        batch: the number of the batch, for the error.
+        feature: the name of the feature.
+        values: an array.
+        dtype: the integer dtype to which JAX would convert it, or `None` for the default.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu" or not values.size:
+        return
+    dtype = np.dtype(dtype or jax.dtypes.canonicalize_dtype(values.dtype))
+    limits = np.iinfo(dtype)
+    if values.min() >= limits.min and values.max() <= limits.max:
+        return
+    place = tuple(np.argwhere((values < limits.min) | (values > limits.max))[0])
+    raise ValueError(
+        f"The feature {feature!r} must be in [{limits.min}, {limits.max}], the range of {dtype}, in which JAX "
+        f"computes. Received: {values[place]} in row {place[0]} of batch {batch}. "
+        "Number the values from 0, or hash them in the input pipeline."
+    )
+
+
+def check_excluded(batch: int, feature: str, values: Any) -> None:
+    """Raises an error if excluded ids are not integers (`TypeError`), or exceed int32 (`ValueError`).
+
+    Args:
+        batch: the number of the batch, for the error.
+        feature: the name of the feature.
+        values: `[num_rows, m]`.
+    """
+    values = np.asarray(values)
+    if values.size and values.dtype.kind not in "iu":
+        raise TypeError(
+            f"The feature {feature!r} must hold excluded ids, as integers. Received: dtype {values.dtype} in batch "
+            f"{batch}. Number the candidates first."
+        )
+    check_range(batch, feature, values, np.int32)
+
+
+def check_ids(batch: int, features: dict[str, Any], allowed: Iterable[tuple[str, AllowedIds]]) -> None:
     """Raises `ValueError` if an id is not allowed.
 
     Args:
         batch: the number of the batch, for the error.
         features: `[num_rows, ...]` arrays.
-        allowed: the values that some of them may have.
+        allowed: pairs of the name of a feature and the values that it may have.
     """
-    for name, ids in allowed.items():
+    for name, ids in allowed:
         values = np.asarray(features[name]) if name in features else np.empty(0)
         if values.size:
             _check_ids(batch, name, values, ids)

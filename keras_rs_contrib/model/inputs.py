@@ -27,6 +27,7 @@ class ModelInputs:
         lookups: what the towers look up.
         retrieval: the index, whose ids a batch may have, or `None`.
         sampling_probability: the layer whose ids a batch may have, or `None`.
+        num_drawn_from: the number of candidates from which negatives are drawn, or 0.
         check: whether to look for bad values.
     """
 
@@ -34,6 +35,7 @@ class ModelInputs:
     lookups: TowerLookups
     retrieval: ShardedBruteForceRetrieval | None
     sampling_probability: StreamingSamplingProbability | None
+    num_drawn_from: int
     check: bool
 
     def to_arrays(self, x: Any, y: Any, queries_only: bool = False) -> Any:
@@ -87,12 +89,12 @@ class ModelInputs:
         """Returns the checked features of queries as arrays, without padding, and the number of queries."""
         self.names.check(features, self.names.query)
         features = {name: np.asarray(values) for name, values in features.items()}
-        features, _, _ = self._prepare({}, True, 0, features, None, None)
+        features, _, _ = self._prepare([], True, 0, features, None, None)
         return features, batches.batch_length(features)
 
     def _prepare(
         self,
-        corpus_ids: dict[str, AllowedIds],
+        corpus_ids: list[tuple[str, AllowedIds]],
         queries_only: bool,
         number: int,
         x: Any,
@@ -117,22 +119,40 @@ class ModelInputs:
             described = {f"The feature {name!r}": values for name, values in features.items()}
             described.update({name: values for name, values in separate.items() if values is not None})
             feature_checks.check_numbers(number, described)
+            if self.names.exclude is not None and self.names.exclude in x:
+                feature_checks.check_excluded(number, self.names.exclude, x[self.names.exclude])
             # The ids of the corpus first: a tower may look up fewer.
             feature_checks.check_ids(number, features, corpus_ids)
-            feature_checks.check_ids(number, features, self.lookups.find(features))
+            towers = self.lookups.find(features)
+            for tower in towers:
+                feature_checks.check_ids(number, features, tower.allowed)
+                self._check_drawn(tower.allowed)
+            for name, values in features.items():
+                feature_checks.check_range(number, name, values)
+            for tower in towers:
+                tower.check_computed(number, features)
         return x, y, sample_weight
 
-    def _corpus_ids(self, queries_only: bool) -> dict[str, AllowedIds]:
-        """Returns which ids of candidates the index and the sampling probability know."""
+    def _corpus_ids(self, queries_only: bool) -> list[tuple[str, AllowedIds]]:
+        """Returns which ids of candidates the index and the sampling probability know, with the name of the feature."""
         if queries_only or not self.check or self.names.candidate_id is None:
-            return {}
+            return []
         allowed = []
-        if self.sampling_probability is not None:
-            allowed.append(AllowedIds(self.sampling_probability.num_candidates, "sampling_probability"))
         if self.retrieval is not None and self.retrieval.candidate_ids is not None:
             ids = np.sort(ops.convert_to_numpy(self.retrieval.candidate_ids))
             allowed.append(AllowedIds(len(ids), "the index", ids))
         elif self.retrieval is not None and self.retrieval.num_candidates is not None:
             allowed.append(AllowedIds(self.retrieval.num_candidates, "the index"))
-        # An index with its own ids says the most, then the smaller table.
-        return {self.names.candidate_id: min(allowed, key=lambda a: (a.ids is None, a.num_rows))} if allowed else {}
+        if self.sampling_probability is not None:
+            name = f"the sampling probability {self.sampling_probability.name!r}"
+            allowed.append(AllowedIds(self.sampling_probability.num_candidates, name))
+        return [(self.names.candidate_id, ids) for ids in allowed]
+
+    def _check_drawn(self, allowed: list[tuple[str, AllowedIds]]) -> None:
+        for name, ids in allowed:
+            if name == self.names.candidate_id and self.num_drawn_from > ids.num_rows:
+                raise ValueError(
+                    "`mixed_negatives` must draw rows of the candidate tower. Received: "
+                    f"{self.num_drawn_from} candidates to draw from, for {ids.num_rows} rows of {ids.table}. "
+                    "Create its `StreamingSamplingProbability` with at most as many candidates as rows."
+                )

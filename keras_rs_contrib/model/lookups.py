@@ -1,21 +1,28 @@
-"""Which features of a batch a tower looks up in its tables."""
+"""Which features of a batch a tower looks up in its tables, and checks of these ids."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.batches import batch_length, padded_size
+from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.model.feature_checks import AllowedIds
 from keras_rs_contrib.model.feature_names import select
+from keras_rs_contrib.model.id_origins import Change, Lookup, MarkedTable, Origin, Program, narrowest
 
 
 class TowerLookups:
-    """The features that towers look up, determined once for each tower.
+    """The lookups of towers, determined once for each tower.
 
     Args:
         towers: layers or models, each with the names of its features.
@@ -29,50 +36,170 @@ class TowerLookups:
     ) -> None:
         self._towers = towers
         self._build = build
-        self._known: dict[str, dict[str, AllowedIds]] = {}
+        self._known: dict[int, TracedTower] = {}
 
-    def find(self, features: dict[str, Any]) -> dict[str, AllowedIds]:
-        """Returns the rows of the tables, by the name of the feature, as far as batches have shown.
+    def find(self, features: dict[str, Any]) -> list[TracedTower]:
+        """Returns the towers whose features are in a batch, traced.
 
         Args:
-            features: a batch, as arrays; towers whose features it lacks are left for later.
+            features: a batch, as arrays.
+
+        Raises:
+            ValueError: if a tower rounds the ids of a feature.
         """
-        for tower, names in self._towers:
-            if tower.path in self._known or not all(name in features for name in names):
+        result = []
+        for number, (tower, names) in enumerate(self._towers):
+            if not all(name in features for name in names):
                 continue
-            if not all(layer.built for layer in _keras.sublayers(tower)):
-                # JAX warns of dtypes that it would truncate.
-                dtypes = {name: jax.dtypes.canonicalize_dtype(array.dtype) for name, array in features.items()}
-                self._build({name: keras.KerasTensor(features[name].shape, dtype) for name, dtype in dtypes.items()})
-            self._known[tower.path] = looked_up_features(tower, {name: features[name] for name in names})
-        return {name: ids for lookups in self._known.values() for name, ids in lookups.items()}
+            if number not in self._known:
+                if not all(layer.built for layer in _keras.sublayers(tower)):
+                    self._build({name: keras.KerasTensor(x.shape, _jax_dtype(x)) for name, x in features.items()})
+                self.trace(number, features)
+            result.append(self._known[number])
+        return result
+
+    def trace(self, number: int, features: dict[str, Any]) -> None:
+        """Traces a tower, if it is built and that has not been done.
+
+        Args:
+            number: the position of the tower.
+            features: arrays of a batch, or anything with their shapes and dtypes.
+        """
+        tower, names = self._towers[number]
+        is_known = number in self._known or any(None in features[name].shape for name in names)
+        if not is_known and all(layer.built for layer in _keras.sublayers(tower)):
+            shapes = {name: jax.ShapeDtypeStruct(features[name].shape, _jax_dtype(features[name])) for name in names}
+            self._known[number] = TracedTower(tower, shapes)
+
+
+class TracedTower:
+    """A tower whose lookups are known.
+
+    Args:
+        tower: a built layer or model.
+        features: shapes and dtypes of its features.
+
+    Attributes:
+        allowed: the ids that features may have, for features that reach a table unchanged: pairs of a name and
+            `AllowedIds`.
+
+    Raises:
+        ValueError: if the tower rounds ids.
+    """
+
+    def __init__(self, tower: keras.layers.Layer, features: dict[str, jax.ShapeDtypeStruct]) -> None:
+        self._tower = tower
+        self._names = list(features)
+        _, lookups = self._trace(features)
+        integers = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.integer)}
+        smallest: dict[str, AllowedIds] = {}
+        # The largest integer that a feature may have, if the tower computes with it as a float.
+        self._exact: dict[str, tuple[Any, float]] = {}
+        self._has_computed = False
+        for lookup in lookups:
+            # The dtype in which a feature comes does not round it.
+            dtype, limit = narrowest(lookup.ids.dtypes - {features[name].dtype for name in lookup.ids.features})
+            if lookup.ids.change == Change.MOVED:
+                if lookup.num_rows - 1 > limit:
+                    raise ValueError(_rounded(lookup, dtype, limit, features))
+                for name in lookup.ids.features:
+                    if name not in smallest or lookup.num_rows < smallest[name].num_rows:
+                        smallest[name] = AllowedIds(lookup.num_rows, repr(lookup.table))
+                continue
+            self._has_computed = self._has_computed or _is_computable(lookup)
+            for name in lookup.ids.features & integers if jnp.issubdtype(dtype, jnp.floating) else ():
+                if limit < self._exact.get(name, (None, np.inf))[1]:
+                    self._exact[name] = (dtype, limit)
+        self.allowed = list(smallest.items())
+        self._compute = jax.jit(self._computed_ids)
+        self._computed: list[Lookup] = []
+
+    def check_computed(self, batch: int, features: dict[str, Any]) -> None:
+        """Raises `ValueError` if the tower computes ids that their table does not have, or rounds ids before.
+
+        Args:
+            batch: the number of the batch, for the error.
+            features: the batch, as arrays.
+        """
+        features = {name: np.asarray(features[name]) for name in self._names}
+        size = batch_length(features)
+        if not size:
+            return
+        for name, (dtype, limit) in self._exact.items():
+            largest = max(int(features[name].max()), -int(features[name].min()))
+            if largest > limit:
+                raise ValueError(
+                    "A tower must compute ids from integers, or from floats that hold each of them. Received: "
+                    f"{largest} in the feature {name!r}, as {dtype}, which holds integers up to {int(limit)}. "
+                    f"{_fix(features[name])}"
+                )
+        if not self._has_computed:
+            return
+        # Few sizes, because each is compiled.
+        num_rows = padded_size(2 ** math.ceil(math.log2(size)))
+        rows = np.minimum(np.arange(num_rows), size - 1)
+        results = self._compute({name: x[rows].astype(_jax_dtype(x)) for name, x in features.items()})
+        for lookup, ids in zip(self._computed, map(np.asarray, results), strict=True):
+            wrong = (ids < 0) | (ids >= lookup.num_rows)
+            if wrong.any():
+                place = tuple(np.argwhere(wrong)[0])
+                where = f"for row {place[0]} of batch {batch}" if ids.shape[0] == num_rows else f"in batch {batch}"
+                raise ValueError(
+                    f"The ids that a tower computes from {_listed(lookup)} must be in [0, {lookup.num_rows - 1}], the "
+                    f"rows of {lookup.table!r}. Received: {ids[place]} {where}. "
+                    "Leave such rows out, or make the table larger."
+                )
+
+    def _trace(self, features: dict[str, Any]) -> tuple[Program, list[Lookup]]:
+        variables = self._tower.variables
+        marked: dict[str, MarkedTable] = {}
+
+        def run(values: list[Any], tensors: dict[str, Any]) -> Any:
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping), marking_ids(self._tower, marked):
+                outputs = self._tower(select(tensors, self._names), training=False)
+            return [output for output in jax.tree.leaves(outputs) if isinstance(output, jax.Array)]
+
+        values = [jax.ShapeDtypeStruct(tuple(variable.shape), variable.dtype) for variable in variables]
+        program = Program.of(jax.make_jaxpr(run)(values, features))
+        origins = [Origin(variables=frozenset({number})) for number in range(len(variables))]
+        # JAX flattens a dict in the order of its keys.
+        origins += [Origin(frozenset({name}), dtypes=frozenset({features[name].dtype})) for name in sorted(features)]
+        return program, program.find_lookups(origins, marked, [variable.path for variable in variables])
+
+    def _computed_ids(self, features: dict[str, Any]) -> list[Any]:
+        program, lookups = self._trace({name: jax.typeof(x) for name, x in features.items()})
+        self._computed = [each for each in lookups if each.ids.change != Change.MOVED and _is_computable(each)]
+        # No id depends on a variable.
+        values = [jnp.zeros(tuple(variable.shape), variable.dtype) for variable in self._tower.variables]
+        inputs = [*values, *(features[name] for name in sorted(features))]
+        return program.values(inputs, [lookup.slot for lookup in self._computed if lookup.slot is not None])
 
 
 @contextlib.contextmanager
-def noting_lookups(
-    tower: keras.layers.Layer, features: dict[str, Any], lookups: dict[str, AllowedIds]
-) -> Iterator[None]:
-    """Notes, while a tower runs, which features go straight into one of its embeddings.
+def marking_ids(tower: keras.layers.Layer, marked: dict[str, MarkedTable]) -> Iterator[None]:
+    """Marks in the trace of a tower which ids its embeddings look up, before the embeddings change them.
 
     Args:
         tower: a layer or model.
-        features: the very tensors that the tower is called with.
-        lookups: where to note the rows of the embeddings, by the name of the feature.
+        marked: where to note the tables, by the name of the mark.
     """
+    numbers = {id(variable): number for number, variable in enumerate(tower.variables)}
 
-    def noting(embedding: keras.layers.Embedding, call: Callable[..., Any]) -> Callable[..., Any]:
-        def call_and_note(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            for name, tensor in features.items():
-                if tensor is inputs and (name not in lookups or embedding.input_dim < lookups[name].num_rows):
-                    lookups[name] = AllowedIds(embedding.input_dim, f"{embedding.name!r}")
-            return call(inputs, *args, **kwargs)
+    def marking(embedding: keras.layers.Embedding, mark: str) -> Callable[..., Any]:
+        call = embedding.call
 
-        return call_and_note
+        def call_and_mark(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return call(checkpoint_name(inputs, mark) if isinstance(inputs, jax.Array) else inputs, *args, **kwargs)
 
-    embeddings = [layer for layer in _keras.sublayers(tower) if isinstance(layer, keras.layers.Embedding)]
-    for embedding in embeddings:
+        variables = frozenset(numbers[id(variable)] for variable in embedding.variables if id(variable) in numbers)
+        marked[mark] = MarkedTable(embedding.name, embedding.input_dim, variables)
+        return call_and_mark
+
+    embeddings = [layer for layer in _keras.sublayers(tower) if is_table(layer)]
+    for number, embedding in enumerate(embeddings):
         # Hidden from Keras's attribute tracking.
-        object.__setattr__(embedding, "call", noting(embedding, embedding.call))
+        object.__setattr__(embedding, "call", marking(embedding, f"ids of embedding {number}"))
     try:
         yield
     finally:
@@ -80,24 +207,31 @@ def noting_lookups(
             object.__delattr__(embedding, "call")
 
 
-def looked_up_features(tower: keras.layers.Layer, features: dict[str, Any]) -> dict[str, AllowedIds]:
-    """Returns the features that go straight into an embedding of a tower, and the rows of the embedding.
+def _is_computable(lookup: Lookup) -> bool:
+    """Returns whether the ids of a lookup can be computed without the rest of the tower."""
+    return lookup.slot is not None and not lookup.ids.variables
 
-    Nothing is computed: the tower is traced, even while its variables have no value.
 
-    Args:
-        tower: a built layer or model.
-        features: a batch of its features, as arrays.
-    """
-    variables = tower.variables
-    lookups: dict[str, AllowedIds] = {}
-
-    def run(values: list[Any], tensors: dict[str, Any]) -> None:
-        mapping = list(zip(variables, values, strict=True))
-        with keras.StatelessScope(state_mapping=mapping), noting_lookups(tower, tensors, lookups):
-            tower(select(tensors, list(tensors)), training=False)
-
-    jax.eval_shape(
-        run, [jax.ShapeDtypeStruct(tuple(variable.shape), variable.dtype) for variable in variables], features
+def _rounded(lookup: Lookup, dtype: Any, limit: float, features: dict[str, Any]) -> str:
+    name = min(lookup.ids.features)
+    return (
+        "Ids must reach a table as integers, or as floats that hold each of its rows. Received: "
+        f"{_listed(lookup)} as {dtype}, which holds integers up to {int(limit)}, for the {lookup.num_rows} rows of "
+        f"{lookup.table!r}. {_fix(features[name])}"
     )
-    return lookups
+
+
+def _fix(feature: Any) -> str:
+    return (
+        f'Begin the tower with `keras.Input({tuple(feature.shape[1:])}, dtype="int32")`, or use the policy "float32".'
+    )
+
+
+def _listed(lookup: Lookup) -> str:
+    names = sorted(lookup.ids.features)
+    return f"the feature {names[0]!r}" if len(names) == 1 else f"the features {names}"
+
+
+def _jax_dtype(array: Any) -> Any:
+    # JAX warns of dtypes that it would truncate.
+    return jax.dtypes.canonicalize_dtype(keras.backend.standardize_dtype(array.dtype))

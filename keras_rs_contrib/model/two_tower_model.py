@@ -11,7 +11,7 @@ import keras
 import keras_rs
 from keras import ops
 
-from keras_rs_contrib import batches, scores
+from keras_rs_contrib import _keras, batches, scores
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.configuration import (
@@ -140,7 +140,8 @@ class TwoTowerModel(RecommendingModel):
         check_type("mixed_negatives", mixed_negatives, MixedNegatives, optional=True)
         check_type("cross_batch_memory", cross_batch_memory, CrossBatchMemory, optional=True)
         check_type("retrieval", retrieval, keras_rs.layers.BruteForceRetrieval, optional=True)
-        super().__init__(**kwargs)
+        # Autocast would round labels, and ids that come as floats.
+        super().__init__(**{"autocast": False, **kwargs})
         self.query_tower = query_tower
         self.candidate_tower = candidate_tower
         self.query_features = feature_names("query_features", query_features)
@@ -170,10 +171,11 @@ class TwoTowerModel(RecommendingModel):
         names = FeatureNames(
             self.query_features, self.candidate_features, self.candidate_id, self.label, self.exclude_feature
         )
-        probability = self.sampling_probability
+        probability, num_drawn_from = self.sampling_probability, 0
         if self.mixed_negatives is not None:
             probability = self.mixed_negatives.sampling_probability
-        return ModelInputs(names, self._lookups, self.retrieval, probability, self.check_inputs)
+            num_drawn_from = probability.num_candidates
+        return ModelInputs(names, self._lookups, self.retrieval, probability, num_drawn_from, self.check_inputs)
 
     # Compilation.
 
@@ -249,6 +251,7 @@ class TwoTowerModel(RecommendingModel):
         self.model_inputs.names.check(features, self.query_features)
         self._note_features(features)
         query_embeddings = self._embed_queries(features, training)
+        self._check_lookups(0, features)
         exclude_ids = self.model_inputs.names.exclude_ids(features)
         if not any(name in features for name in self.candidate_features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
@@ -260,6 +263,7 @@ class TwoTowerModel(RecommendingModel):
             # One lookup for both, because a `RowSparseEmbedding` allows one per step.
             candidates = ops.concatenate([ops.cast(candidates, "int32"), result["drawn_ids"]])
         candidate_embeddings = self.candidate_tower(candidates, training=training)
+        self._check_lookups(1, features)
         result["candidate_embeddings"] = candidate_embeddings
         if self.cross_batch_memory is not None and not self.cross_batch_memory.built:
             self.cross_batch_memory.build(candidate_embeddings.shape)
@@ -414,6 +418,12 @@ class TwoTowerModel(RecommendingModel):
         features = config.get("features", {})
         if all(name in features for name in self.query_features):
             self({name: keras.KerasTensor((1, *shape), dtype) for name, (shape, dtype) in features.items()})
+
+    def _check_lookups(self, tower: int, features: dict[str, Any]) -> None:
+        """Raises `ValueError` if a tower rounds ids, which shows without their values."""
+        # While Keras traces for shapes, it would turn the error into a warning.
+        if self.check_inputs and not _keras.is_tracing_symbolically():
+            self._lookups.trace(tower, features)
 
     def _note_features(self, features: dict[str, Any]) -> None:
         used = [*self.query_features, *self.candidate_features, self.candidate_id]
