@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal
 
 # Primitives that compute what their inner jaxpr computes.
 CALLS = frozenset({
@@ -119,10 +119,10 @@ class Program:
     num_slots: int = 0
 
     @classmethod
-    def of(cls, jaxpr: ClosedJaxpr) -> Program:
-        """Returns the program of a jaxpr."""
+    def of(cls, jaxpr: Any) -> Program:
+        """Returns the program of a jaxpr, open or closed."""
         program = cls()
-        program.inputs = [program._slot() for _ in jaxpr.jaxpr.invars]
+        program.inputs = [program._slot() for _ in _open(jaxpr).invars]
         program._add(jaxpr, program.inputs)
         return program
 
@@ -135,24 +135,25 @@ class Program:
         self.constants[slot] = value
         return slot
 
-    def _add(self, jaxpr: ClosedJaxpr, inputs: list[int]) -> list[int]:
-        slots = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
-        constants = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
+    def _add(self, jaxpr: Any, inputs: list[int]) -> list[int]:
+        constants = zip(_open(jaxpr).constvars, getattr(jaxpr, "consts", ()), strict=True)
+        jaxpr = _open(jaxpr)
+        slots = dict(zip(jaxpr.invars, inputs, strict=True))
         slots.update((variable, self._constant(value)) for variable, value in constants)
 
         def slot_of(variable: Any) -> int:
             return self._constant(variable.val) if isinstance(variable, Literal) else slots[variable]
 
-        for eqn in jaxpr.jaxpr.eqns:
+        for eqn in jaxpr.eqns:
             operands = [slot_of(variable) for variable in eqn.invars]
             inner = _inner(eqn) if eqn.primitive.name in CALLS else None
-            if inner is not None and len(inner.jaxpr.invars) == len(operands):
+            if inner is not None and len(_open(inner).invars) == len(operands):
                 results = self._add(inner, operands)
             else:
                 results = [self._slot() for _ in eqn.outvars]
                 self.steps.append((eqn, operands, results))
             slots.update(zip(eqn.outvars, results, strict=True))
-        return [slot_of(variable) for variable in jaxpr.jaxpr.outvars]
+        return [slot_of(variable) for variable in jaxpr.outvars]
 
     def find_lookups(
         self, origins: Sequence[Origin], marked: dict[str, MarkedTable], variable_names: Sequence[str]
@@ -236,16 +237,14 @@ def narrowest(dtypes: frozenset[Any]) -> tuple[np.dtype[Any], float]:
     return dtype, limits.get(dtype, np.inf)
 
 
-def _closed(jaxpr: Any) -> ClosedJaxpr:
-    return ClosedJaxpr(jaxpr, ()) if isinstance(jaxpr, Jaxpr) else jaxpr
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _inner(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        if isinstance(inner, (Jaxpr, ClosedJaxpr)):
-            return _closed(inner)
-    return None
+def _inner(eqn: JaxprEqn) -> Any:
+    """Returns the jaxpr within a primitive, open or closed, or `None`."""
+    inner = [eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params]
+    return inner[0] if inner and hasattr(_open(inner[0]), "eqns") else None
 
 
 def _takes_rows(eqn: JaxprEqn) -> bool:
@@ -275,7 +274,7 @@ def _origin(eqn: JaxprEqn, origins: list[Origin], number: int) -> Origin:
     return dataclasses.replace(result, dtypes=result.dtypes | {dtype})
 
 
-def _bodies(eqn: JaxprEqn, origins: list[Origin]) -> list[tuple[ClosedJaxpr, list[Origin]]]:
+def _bodies(eqn: JaxprEqn, origins: list[Origin]) -> list[tuple[Any, list[Origin]]]:
     """Returns the bodies of a loop or a branch, with the origins of their inputs."""
     params, name = eqn.params, eqn.primitive.name
     # What is carried from step to step may become anything.
@@ -283,17 +282,17 @@ def _bodies(eqn: JaxprEqn, origins: list[Origin]) -> list[tuple[ClosedJaxpr, lis
     if name == "while":
         first, num_consts = params["cond_nconsts"], params["body_nconsts"]
         carry = [carried] * (len(origins) - first - num_consts)
-        return [(_closed(params["body_jaxpr"]), [*origins[first : first + num_consts], *carry])]
+        return [(params["body_jaxpr"], [*origins[first : first + num_consts], *carry])]
     if name == "cond":
-        return [(_closed(branch), origins[1:]) for branch in params["branches"]]
+        return [(branch, origins[1:]) for branch in params["branches"]]
     inner = _inner(eqn)
-    if inner is None or len(inner.jaxpr.invars) != len(origins):
+    if inner is None or len(_open(inner).invars) != len(origins):
         return []
     if name == "scan":
         # The inputs are constants, what is carried, and arrays of which each step gets a row.
-        has_rows = [_rank(outer) > _rank(own) for outer, own in zip(eqn.invars, inner.jaxpr.invars, strict=True)]
+        has_rows = [_rank(outer) > _rank(own) for outer, own in zip(eqn.invars, _open(inner).invars, strict=True)]
         num_carried = sum(
-            _rank(outer) == _rank(own) for outer, own in zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
+            _rank(outer) == _rank(own) for outer, own in zip(eqn.outvars, _open(inner).outvars, strict=True)
         )
         last = len(origins) - sum(has_rows)
         origins = [*origins[: last - num_carried], *([carried] * num_carried), *origins[last:]]
