@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,7 +120,11 @@ def padded_batches(
     except IndexError as error:
         # Keras before 3.15 looks for the first batch of a generator that has none.
         raise ValueError(_NO_BATCH) from error
-    return PaddedBatches(adapter, multiple, prepare, has_weights_only)
+    batches = PaddedBatches(adapter, multiple, prepare, has_weights_only)
+    if are_arrays and shuffle:
+        again = functools.partial(_keras.get_data_adapter, x=x, y=y, sample_weight=sample_weight, batch_size=batch_size)
+        batches.unshuffled_adapter = again
+    return batches
 
 
 class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
@@ -149,6 +154,15 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         self.prepare = prepare
         self.has_weights_only = has_weights_only
         self.sizes: list[tuple[int, int]] = []
+        # Creates the adapter of the same batches in the order of the data, or `None` if they are in this order.
+        self.unshuffled_adapter: Callable[[], Any] | None = None
+
+    def unshuffled(self) -> PaddedBatches:
+        """Returns the same data in their own order, without checks."""
+        adapter = self.adapter if self.unshuffled_adapter is None else self.unshuffled_adapter()
+        batches = PaddedBatches(adapter, self.multiple, None, self.has_weights_only)
+        batches._is_exhausted = self._is_exhausted
+        return batches
 
     def with_multiple(self, multiple: int | None) -> PaddedBatches:
         """Returns the same batches, padded to another multiple."""

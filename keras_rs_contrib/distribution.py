@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import keras
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+
+from keras_rs_contrib import _keras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +55,20 @@ def axis_size(axis: str | None) -> int:
         return 1
     mesh = keras.distribution.distribution().device_mesh
     return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1))
+
+
+def check_mesh(variables: Iterable[keras.Variable]) -> None:
+    """Raises `ValueError` if variables were created under another distribution than the one in force."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh is None:
+        return
+    mesh = distribution.device_mesh.backend_mesh
+    for variable in variables:
+        sharding = getattr(variable.value, "sharding", None) if _keras.has_value(variable) else None
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.mesh != mesh:
+            raise ValueError(
+                "A model must be used under the distribution under which it was created. Received: "
+                f"{variable.path!r} on the mesh {dict(sharding.mesh.shape)}, and a distribution over "
+                f"{dict(mesh.shape)} of {mesh.size} devices. Set the distribution before creating or loading the "
+                "model; `save` and `load_model` move a model to another one."
+            )

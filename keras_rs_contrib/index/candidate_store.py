@@ -38,6 +38,7 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
     exclude_ids: list[int]
     mesh_axis: str | None
     k: int
+    _id_feature: str | None = None
 
     def _hold(self, candidates: Any, candidate_ids: Any) -> None:
         """Takes the candidates of the tower, in the constructor of the index; `check_candidates` has checked them."""
@@ -99,6 +100,44 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
         """Whether the index of a feature tower has the tower's inputs, which are not saved with it."""
         return self._candidates is not None
 
+    def take_ids_from(self, feature: str) -> None:
+        """Takes the ids of candidates from one of their features, now and in each `refresh` without `candidate_ids`.
+
+        Args:
+            feature: a key of `candidates`. If they do not have it, nothing changes.
+
+        Raises:
+            TypeError: if the feature does not hold integers.
+            ValueError: if the values are not ids of the candidates, or contradict the ids of the index.
+        """
+        self._id_feature = feature
+        values = self._ids_among(self._candidates)
+        if values is None:
+            return
+        num_candidates = corpus.num_rows(self._candidates)
+        candidate_ids = check_corpus_ids(values, num_candidates, self.exclude_ids)
+        assert candidate_ids is not None
+        if self.candidate_ids is None and not np.array_equal(candidate_ids, np.arange(num_candidates)):
+            if self.built:
+                raise ValueError(
+                    "An index without ids returns row numbers and continues to do so. Received: a built index, whose "
+                    f"candidates have ids of their own in {feature!r}. Pass them to `shard_candidates` as "
+                    "`candidate_ids`."
+                )
+            self._add_candidate_ids(num_candidates, candidate_ids)
+        elif self.candidate_ids is not None and not np.array_equal(candidate_ids, np.asarray(self.candidate_ids)):
+            raise ValueError(
+                f"The ids of an index must be those of the feature {feature!r} of its candidates. Received: other "
+                "`candidate_ids`. Drop `candidate_ids`, or pass the name of the feature that holds them to the model."
+            )
+
+    def _ids_among(self, candidates: Any) -> Any:
+        """Returns the ids that candidates hold as a feature, `[num_candidates]`, or `None`."""
+        if self._id_feature is None or not isinstance(candidates, dict) or self._id_feature not in candidates:
+            return None
+        ids = np.asarray(candidates[self._id_feature])
+        return ids[:, 0] if ids.ndim == 2 and ids.shape[1] == 1 else ids
+
     def update_candidates(self, candidate_embeddings: Any, candidate_ids: Any = None) -> None:
         """Replaces the embeddings of an index over a feature tower; an error on a tied index.
 
@@ -153,6 +192,10 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
                 "The index needs the tower's inputs for the whole corpus. Received: candidates=None, and none before: "
                 "inputs are not saved with the index. Pass them: `refresh(candidates)`."
             )
+        if candidate_ids is None:
+            candidate_ids = self._ids_among(candidates)
+            if self.candidate_ids is None and np.array_equal(candidate_ids, np.arange(corpus.num_rows(candidates))):
+                candidate_ids = None
         # Before the tower runs, which may take long.
         candidate_ids = self._check_corpus(corpus.num_rows(candidates), candidate_ids)
         self._embed_corpus(candidates, candidate_ids, verbose)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,16 +89,16 @@ def check_optimizer_of_tables(optimizer: Any, model: keras.Model) -> None:
 def check_drawn_ids(
     mixed_negatives: MixedNegatives | None,
     candidate_tower: keras.layers.Layer,
-    candidate_features: list[str],
+    candidate_features: str | list[str],
     candidate_id: str | None,
 ) -> None:
     """Raises `ValueError` if the candidate tower cannot embed the ids that are drawn."""
     if mixed_negatives is None:
         return
-    if candidate_features != [candidate_id]:
+    if candidate_features != candidate_id:
         raise ValueError(
             "`mixed_negatives` draws ids, which must be the only feature of the candidate tower. Received: "
-            f"candidate_features={candidate_features} and candidate_id={candidate_id!r}. Let the tower look up the "
+            f"candidate_features={candidate_features!r} and candidate_id={candidate_id!r}. Let the tower look up the "
             "other features by id, in a table of the corpus."
         )
     num_candidates = mixed_negatives.sampling_probability.num_candidates
@@ -110,19 +112,19 @@ def check_drawn_ids(
 
 def feature_of_ids(
     candidate_id: str | None,
-    candidate_features: list[str],
+    candidate_features: str | list[str],
     candidate_tower: keras.layers.Layer,
     index: ShardedBruteForceRetrieval | None,
 ) -> str | None:
     """Returns the name of the feature that holds candidate ids: by default, the only feature of an embedding tower."""
-    if candidate_id is not None or not is_table(candidate_tower) or len(candidate_features) != 1:
+    if candidate_id is not None or not is_table(candidate_tower) or not isinstance(candidate_features, str):
         return candidate_id
     if index is not None and index.candidate_ids is not None:
         raise ValueError(
             "An index with `candidate_ids` needs the name of the feature that holds them. Received: "
             "candidate_id=None. Set `candidate_id` to that name."
         )
-    return candidate_features[0]
+    return candidate_features
 
 
 def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[RankMetric]:
@@ -160,3 +162,20 @@ def index_of_tower(
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
     return retrieval
+
+
+def check_corpus_positives(corpus_positives: Any, label: str | None) -> float | str | None:
+    """Returns `corpus_positives` of a model, or raises an error if it is neither a number nor the name of a feature."""
+    if corpus_positives is None or isinstance(corpus_positives, str):
+        return corpus_positives
+    if not isinstance(corpus_positives, numbers.Real) or isinstance(corpus_positives, bool):
+        raise TypeError(
+            "`corpus_positives` must be the least label of a positive, or the name of a feature. Received: "
+            f"corpus_positives={corpus_positives!r}. Pass a number, such as 4.0, or a key of the batch."
+        )
+    if label is None or not math.isfinite(corpus_positives):
+        raise ValueError(
+            "`corpus_positives` as a number is the least label of a positive, and needs `label`. Received: "
+            f"corpus_positives={corpus_positives!r} and label={label!r}. Pass `label`, or the name of a feature."
+        )
+    return float(corpus_positives)

@@ -52,6 +52,22 @@ def check_numbers(batch: int, features: dict[str, Any]) -> None:
             )
 
 
+def check_not_negative(batch: int, weights: dict[str, Any]) -> None:
+    """Raises `ValueError` if a weight is negative, which would reward errors.
+
+    Args:
+        batch: the number of the batch, for the error.
+        weights: `[num_rows]` arrays by their description, or `None`.
+    """
+    for name, values in weights.items():
+        if values is not None and np.size(values) and np.min(values) < 0:
+            row = int(np.argwhere(np.asarray(values) < 0)[0][0])
+            raise ValueError(
+                f"{name} must not be negative. Received: {np.asarray(values)[row]} in row {row} of batch {batch}. "
+                "Use 0 to leave a row out."
+            )
+
+
 def check_range(batch: int, feature: str, values: Any, dtype: Any = None) -> None:
     """Raises `ValueError` if JAX would change an integer.
 
@@ -105,29 +121,6 @@ def check_ids(batch: int, features: dict[str, Any], allowed: Iterable[tuple[str,
         values = np.asarray(features[name]) if name in features else np.empty(0)
         if values.size:
             _check_ids(batch, name, values, ids)
-
-
-def without_strings(features: dict[str, Any], needed: list[str]) -> dict[str, Any]:
-    """Returns the features that JAX can hold.
-
-    Args:
-        features: arrays.
-        needed: names of the features that the model uses.
-
-    Raises:
-        ValueError: if a feature that is needed holds strings or objects.
-    """
-    result = {}
-    for name, values in features.items():
-        dtype = getattr(values, "dtype", None)
-        if not isinstance(dtype, np.dtype) or dtype.kind not in "OSU":
-            result[name] = values
-        elif name in needed:
-            raise ValueError(
-                f"The feature {name!r} must hold numbers, which JAX can compute with. Received: dtype {dtype}. "
-                "Map it in the input pipeline, for instance with `keras.layers.StringLookup`."
-            )
-    return result
 
 
 def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: AllowedIds) -> None:

@@ -12,18 +12,30 @@ class FeatureNames:
     """The names under which a two-tower model finds its inputs in a dict of features.
 
     Attributes:
-        query: features of the query tower.
-        candidate: features of the candidate tower.
+        query: the feature of the query tower, or a list of features, which the tower receives as a dict.
+        candidate: the same of the candidate tower.
         candidate_id: the feature with the ids of candidates, or `None`.
         label: the feature with labels, or `None`.
         exclude: the feature with excluded ids, or `None`.
+        positive_weight: the feature with the weights of positives in rank metrics, or `None`.
     """
 
-    query: list[str]
-    candidate: list[str]
+    query: str | list[str]
+    candidate: str | list[str]
     candidate_id: str | None = None
     label: str | None = None
     exclude: str | None = None
+    positive_weight: str | None = None
+
+    @property
+    def of_query(self) -> list[str]:
+        """The names of the features of the query tower."""
+        return names_in(self.query)
+
+    @property
+    def of_candidate(self) -> list[str]:
+        """The names of the features of the candidate tower."""
+        return names_in(self.candidate)
 
     def needed(self, queries_only: bool, y: Any = None) -> list[str]:
         """Returns the features that a batch must hold.
@@ -32,17 +44,36 @@ class FeatureNames:
             queries_only: whether candidates are not needed.
             y: labels that come separately from the features, or `None`.
         """
-        names: list[str | None] = list(self.query)
+        names: list[str | None] = list(self.of_query)
         if not queries_only:
-            names += [*self.candidate, self.candidate_id, self.label if is_missing(y) else None]
+            label = self.label if is_missing(y) else None
+            names += [*self.of_candidate, self.candidate_id, label, self.positive_weight]
         return [name for name in dict.fromkeys(names) if name is not None]
+
+    @property
+    def optional(self) -> list[str]:
+        """The features that a batch may hold."""
+        return [name for name in (self.exclude,) if name is not None]
+
+    def are_candidates_in(self, features: dict[str, Any]) -> bool:
+        """Returns whether a batch has the features of the candidate tower, or only those of the query tower.
+
+        Raises:
+            ValueError: if it has some features of the candidate tower and lacks others.
+        """
+        if all(name in features for name in self.of_candidate):
+            return True
+        # Features of both towers say nothing.
+        if any(name in features for name in self.of_candidate if name not in self.of_query):
+            self.check(features, self.of_candidate)
+        return False
 
     def check(self, features: Any, names: Iterable[str]) -> None:
         """Raises if a batch is not a dict (`TypeError`) or lacks one of the `names` (`ValueError`)."""
         if not isinstance(features, dict):
             raise TypeError(
                 "A batch must be a dict of features. Received: "
-                f"{type(features).__name__}. Name its arrays, such as {{{self.query[0]!r}: ...}}."
+                f"{type(features).__name__}. Name its arrays, such as {{{self.of_query[0]!r}: ...}}."
             )
         missing = [name for name in names if name not in features]
         if missing:
@@ -72,18 +103,17 @@ class FeatureNames:
             raise ValueError(
                 f"Labels come as a feature or as `y`. Received: the feature {self.label!r} and `y`. Drop one of them."
             )
-        labels = features[self.label] if is_missing(y) else y
         # Keras's own losses take both shapes.
-        return labels[:, 0] if len(labels.shape) == 2 and labels.shape[1] == 1 else labels
+        return flat(features[self.label] if is_missing(y) else y)
 
     def exclude_ids(self, features: dict[str, Any]) -> Any:
         """Returns the excluded ids of the queries, or `None` if the batch has none."""
         return None if self.exclude is None else features.get(self.exclude)
 
 
-def feature_names(argument: str, names: str | Sequence[str]) -> list[str]:
-    """Returns one name or several as a list, or raises `TypeError` if they are not names."""
-    result = [names] if isinstance(names, str) else list(names) if isinstance(names, (list, tuple)) else []
+def feature_names(argument: str, names: str | Sequence[str]) -> str | list[str]:
+    """Returns one name, or several as a list, or raises `TypeError` if they are not names."""
+    result = names if isinstance(names, str) else list(names) if isinstance(names, (list, tuple)) else []
     if not result or not all(isinstance(name, str) for name in result):
         raise TypeError(
             f"`{argument}` must be the name of a feature, or several. Received: {names!r}. Pass keys of the batch."
@@ -91,9 +121,19 @@ def feature_names(argument: str, names: str | Sequence[str]) -> list[str]:
     return result
 
 
-def select(features: dict[str, Any], names: list[str]) -> Any:
-    """Returns the input of a tower: its one feature itself, or several as a dict."""
-    return features[names[0]] if len(names) == 1 else {name: features[name] for name in names}
+def names_in(names: str | list[str]) -> list[str]:
+    """Returns names as a list."""
+    return [names] if isinstance(names, str) else names
+
+
+def select(features: dict[str, Any], names: str | list[str]) -> Any:
+    """Returns the input of a tower: its one feature, or a dict of those in a list."""
+    return features[names] if isinstance(names, str) else {name: features[name] for name in names}
+
+
+def flat(ids: Any) -> Any:
+    """Returns ids of shape `[batch, 1]` as `[batch]`, and others unchanged."""
+    return ids[:, 0] if len(ids.shape) == 2 and ids.shape[1] == 1 else ids
 
 
 def is_missing(y: Any) -> bool:

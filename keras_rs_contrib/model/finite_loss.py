@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import keras
 import numpy as np
 from keras import ops
@@ -32,16 +33,59 @@ class StopIfNotFinite(keras.callbacks.Callback):  # type: ignore[misc]
                 return
 
 
-def not_finite(variables: Iterable[keras.Variable], name: str, value: float, epoch: int | None = None) -> str:
-    """Returns the error message for a loss that is not finite.
+def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -> int | None:
+    """Returns the first row whose embedding is not finite, whatever the weights of the tower are, or `None`.
+
+    Args:
+        tower: a built tower. Weights that are not finite are replaced for the time of the call.
+        inputs: its features, as arrays.
+        sample_weight: `[batch]`; rows of weight 0 are padding.
+    """
+    generator = np.random.default_rng(0)
+
+    def finite(variable: keras.Variable) -> Any:
+        values = ops.convert_to_numpy(variable.value)
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            return variable.value
+        # Random, because a tower may divide by a norm.
+        return jnp.where(np.isfinite(values), values, generator.normal(0, 0.05, values.shape)).astype(values.dtype)
+
+    trainable, others = tower.trainable_variables, tower.non_trainable_variables
+    outputs, _ = tower.stateless_call(
+        [finite(variable) for variable in trainable],
+        [finite(variable) for variable in others],
+        inputs,
+        training=False,
+    )
+    is_finite = np.isfinite(np.asarray(outputs, "float32")).reshape(len(sample_weight), -1).all(axis=1)
+    rows = np.flatnonzero(~is_finite & (np.asarray(sample_weight) != 0))
+    return int(rows[0]) if rows.size else None
+
+
+def no_embedding(kind: str, where: str, features: dict[str, Any], row: str) -> str:
+    """Returns the error message for an embedding that is not finite.
+
+    Args:
+        kind: `"query"` or `"candidate"`.
+        where: what shows it, such as `"loss=nan"`.
+        features: the features of the row.
+        row: which row it is.
+    """
+    listed = ", ".join(f"{name}={np.array2string(np.asarray(x), threshold=8)}" for name, x in features.items())
+    return (
+        f"The embedding of each {kind} must be finite. Received: {where}; the {kind} tower returns NaN or infinity for "
+        f"{row}, with the features {listed}. Leave such rows out, or let the tower handle them: an average over an "
+        "empty history, for instance, divides by 0."
+    )
+
+
+def not_finite(variables: Iterable[keras.Variable], where: str) -> str:
+    """Returns the error message for a loss that is not finite although all embeddings could be.
 
     Args:
         variables: the trainable weights.
-        name: name of the loss.
-        value: the loss.
-        epoch: the epoch, from 0, or `None`.
+        where: the loss, and in which epoch.
     """
-    where = "" if epoch is None else f" in epoch {epoch + 1}"
     for variable in variables:
         values = ops.convert_to_numpy(variable.value)
         finite = np.isfinite(values).reshape(len(values) if values.ndim else 1, -1).all(axis=1)
@@ -52,6 +96,6 @@ def not_finite(variables: Iterable[keras.Variable], name: str, value: float, epo
     else:
         place = "all weights are finite"
     return (
-        f"The loss must be finite. Received: {name}={value}{where}; {place}. Lower the learning rate, and look "
+        f"The loss must be finite. Received: {where}; {place}. Lower the learning rate, and look "
         "for NaN and infinity in the features, the labels and the sample weights, and for ids without a row."
     )

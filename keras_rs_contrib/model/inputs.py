@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import batches
+from keras_rs_contrib import batches, columns
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model import feature_checks
 from keras_rs_contrib.model.feature_checks import AllowedIds
-from keras_rs_contrib.model.feature_names import FeatureNames
+from keras_rs_contrib.model.feature_names import FeatureNames, flat, is_missing
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
@@ -38,19 +38,37 @@ class ModelInputs:
     num_drawn_from: int
     check: bool
 
-    def to_arrays(self, x: Any, y: Any, queries_only: bool = False) -> Any:
-        """Returns features in the form from which Keras makes batches.
+    def to_arrays(self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False) -> Any:
+        """Returns data of one batch or many as arrays, if they are columns: DataFrames, dicts, Series or lists.
+
+        Columns that the model does not need are not converted.
 
         Args:
             x: as in `fit`.
             y: as in `fit`.
+            sample_weight: as in `fit`.
             queries_only: as in `FeatureNames.needed`.
+
+        Returns:
+            `x`, `y` and `sample_weight`.
+
+        Raises:
+            TypeError: if `sample_weight` is a dict.
+            ValueError: if a column that is needed does not hold numbers.
         """
-        if not isinstance(x, dict):
-            return x
-        x = {name: np.asarray(values) if isinstance(values, list) else values for name, values in x.items()}
-        # Keras fails on strings in arrays.
-        return feature_checks.without_strings(x, self.names.needed(queries_only, y))
+        x = columns.as_dict(x)
+        if isinstance(x, dict):
+            x = columns.arrays_of(x, [*self.names.needed(queries_only, y), *self.names.optional])
+        if not is_missing(y) and not isinstance(y, dict):
+            y = columns.as_array(y, "`y`")
+        if isinstance(sample_weight, dict):
+            raise TypeError(
+                "`sample_weight` must be one array, with a weight for each example. Received: a dict with the keys "
+                f"{list(sample_weight)}. Pass one of its values."
+            )
+        if sample_weight is not None:
+            sample_weight = flat(columns.as_array(sample_weight, "`sample_weight`"))
+        return x, y, sample_weight
 
     def batches(
         self,
@@ -70,11 +88,9 @@ class ModelInputs:
             queries_only: as in `FeatureNames.needed`.
             **how: as in `padded_batches`.
         """
-        x = self.to_arrays(x, y, queries_only)
+        if isinstance(x, dict) or columns.is_frame(x):
+            x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only)
         prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
-        if isinstance(x, dict):
-            prepare = functools.partial(prepare, has_strings=False)
-        y, sample_weight = (np.asarray(each) if isinstance(each, list) else each for each in (y, sample_weight))
         return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
 
     def batch(
@@ -87,10 +103,8 @@ class ModelInputs:
 
     def queries(self, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Returns the checked features of queries as arrays, without padding, and the number of queries."""
-        self.names.check(features, self.names.query)
-        features = {name: np.asarray(values) for name, values in features.items()}
         features, _, _ = self._prepare([], True, 0, features, None, None)
-        return features, batches.batch_length(features)
+        return {name: np.asarray(values) for name, values in features.items()}, batches.batch_length(features)
 
     def _prepare(
         self,
@@ -100,38 +114,50 @@ class ModelInputs:
         x: Any,
         y: Any,
         sample_weight: Any,
-        has_strings: bool = True,
     ) -> tuple[Any, Any, Any]:
         """Returns a batch with all that the model needs. The one place where batches are checked."""
+        x = columns.as_dict(x)
         needed = self.names.needed(queries_only, y)
         self.names.check(x, needed)
         if queries_only:
-            x = {name: x[name] for name in [*needed, self.names.exclude] if name in x}
-        else:
+            x = {name: x[name] for name in [*needed, *self.names.optional] if name in x}
+        x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only)
+        if not queries_only:
             self.names.labels(x, y)
-        if has_strings:
-            x = feature_checks.without_strings(x, needed)
         if self.check:
             # The checks speak of rows.
             batches.batch_length((x, y, sample_weight))
             features = {name: x[name] for name in needed}
-            separate = {"`y`": y, "`sample_weight`": sample_weight}
-            described = {f"The feature {name!r}": values for name, values in features.items()}
-            described.update({name: values for name, values in separate.items() if values is not None})
-            feature_checks.check_numbers(number, described)
-            if self.names.exclude is not None and self.names.exclude in x:
-                feature_checks.check_excluded(number, self.names.exclude, x[self.names.exclude])
-            # The ids of the corpus first: a tower may look up fewer.
-            feature_checks.check_ids(number, features, corpus_ids)
-            towers = self.lookups.find(features)
-            for tower in towers:
-                feature_checks.check_ids(number, features, tower.allowed)
-                self._check_drawn(tower.allowed)
-            for name, values in features.items():
-                feature_checks.check_range(number, name, values)
-            for tower in towers:
-                tower.check_computed(number, features)
+            self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
+            for name in self.names.optional:
+                if name in x:
+                    feature_checks.check_excluded(number, name, x[name])
         return x, y, sample_weight
+
+    def _check_values(
+        self,
+        corpus_ids: list[tuple[str, AllowedIds]],
+        number: int,
+        features: dict[str, Any],
+        separate: dict[str, Any],
+    ) -> None:
+        described = {f"The feature {name!r}": values for name, values in features.items()}
+        described.update({name: values for name, values in separate.items() if not is_missing(values)})
+        feature_checks.check_numbers(number, described)
+        weights = {"`sample_weight`": separate["`sample_weight`"]}
+        if self.names.positive_weight in features:
+            weights[f"The feature {self.names.positive_weight!r}"] = features[self.names.positive_weight]
+        feature_checks.check_not_negative(number, weights)
+        # The ids of the corpus first: a tower may look up fewer.
+        feature_checks.check_ids(number, features, corpus_ids)
+        towers = self.lookups.find(features)
+        for tower in towers:
+            feature_checks.check_ids(number, features, tower.allowed)
+            self._check_drawn(tower.allowed)
+        for name, values in features.items():
+            feature_checks.check_range(number, name, values)
+        for tower in towers:
+            tower.check_computed(number, features)
 
     def _corpus_ids(self, queries_only: bool) -> list[tuple[str, AllowedIds]]:
         """Returns which ids of candidates the index and the sampling probability know, with the name of the feature."""

@@ -17,7 +17,7 @@ from keras_rs_contrib import _keras
 from keras_rs_contrib.batches import batch_length, padded_size
 from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.model.feature_checks import AllowedIds
-from keras_rs_contrib.model.feature_names import select
+from keras_rs_contrib.model.feature_names import names_in, select
 from keras_rs_contrib.model.id_origins import Change, Lookup, MarkedTable, Origin, Program, narrowest
 
 
@@ -31,7 +31,7 @@ class TowerLookups:
 
     def __init__(
         self,
-        towers: Sequence[tuple[keras.layers.Layer, list[str]]],
+        towers: Sequence[tuple[keras.layers.Layer, str | list[str]]],
         build: Callable[[dict[str, keras.KerasTensor]], Any],
     ) -> None:
         self._towers = towers
@@ -49,7 +49,7 @@ class TowerLookups:
         """
         result = []
         for number, (tower, names) in enumerate(self._towers):
-            if not all(name in features for name in names):
+            if not all(name in features for name in names_in(names)):
                 continue
             if number not in self._known:
                 if not all(layer.built for layer in _keras.sublayers(tower)):
@@ -66,10 +66,11 @@ class TowerLookups:
             features: arrays of a batch, or anything with their shapes and dtypes.
         """
         tower, names = self._towers[number]
-        is_known = number in self._known or any(None in features[name].shape for name in names)
+        is_known = number in self._known or any(None in features[name].shape for name in names_in(names))
         if not is_known and all(layer.built for layer in _keras.sublayers(tower)):
-            shapes = {name: jax.ShapeDtypeStruct(features[name].shape, _jax_dtype(features[name])) for name in names}
-            self._known[number] = TracedTower(tower, shapes)
+            used = {name: features[name] for name in names_in(names)}
+            shapes = {name: jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for name, x in used.items()}
+            self._known[number] = TracedTower(tower, names, shapes)
 
 
 class TracedTower:
@@ -77,6 +78,7 @@ class TracedTower:
 
     Args:
         tower: a built layer or model.
+        names: the feature that it receives, or a list of features, of which it receives a dict.
         features: shapes and dtypes of its features.
 
     Attributes:
@@ -87,9 +89,11 @@ class TracedTower:
         ValueError: if the tower rounds ids.
     """
 
-    def __init__(self, tower: keras.layers.Layer, features: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def __init__(
+        self, tower: keras.layers.Layer, names: str | list[str], features: dict[str, jax.ShapeDtypeStruct]
+    ) -> None:
         self._tower = tower
-        self._names = list(features)
+        self._names = names
         _, lookups = self._trace(features)
         integers = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.integer)}
         smallest: dict[str, AllowedIds] = {}
@@ -121,7 +125,7 @@ class TracedTower:
             batch: the number of the batch, for the error.
             features: the batch, as arrays.
         """
-        features = {name: np.asarray(features[name]) for name in self._names}
+        features = {name: np.asarray(features[name]) for name in names_in(self._names)}
         size = batch_length(features)
         if not size:
             return

@@ -12,6 +12,7 @@ from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.feature_names import select
 from keras_rs_contrib.model.queries import CheckedQueries, check_positive_rows, check_query_rows, metrics_of_ranks
+from keras_rs_contrib.model.towers import embeddings_of
 from keras_rs_contrib.model.trainer import PaddedModel
 
 
@@ -37,7 +38,7 @@ class RecommendingModel(PaddedModel):
     """
 
     query_tower: keras.layers.Layer
-    query_features: list[str]
+    query_features: str | list[str]
     retrieval: ShardedBruteForceRetrieval | None
 
     def recommend(
@@ -121,10 +122,11 @@ class RecommendingModel(PaddedModel):
             exclude_ids = self.model_inputs.names.exclude_ids(features)
         if exclude_ids is not None:
             exclude_ids = check_query_rows(exclude_ids, "exclude_ids", number)
-        return CheckedQueries({name: features[name] for name in self.query_features}, exclude_ids, number)
+        names = self.model_inputs.names.of_query
+        return CheckedQueries({name: features[name] for name in names}, exclude_ids, number)
 
     def _embed_queries(self, features: dict[str, Any], training: bool | None = False) -> Any:
-        return self.query_tower(select(features, self.query_features), training=training)
+        return embeddings_of(self.query_tower, select(features, self.query_features), training, "query_tower")
 
     def _index(self) -> ShardedBruteForceRetrieval:
         if self.retrieval is None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import keras
 
-from keras_rs_contrib import _keras, batches
-from keras_rs_contrib.model.feature_names import is_missing
-from keras_rs_contrib.model.finite_loss import StopIfNotFinite, not_finite
+from keras_rs_contrib import _keras, batches, columns
+from keras_rs_contrib.distribution import check_mesh
+from keras_rs_contrib.model.feature_names import is_missing, names_in, select
+from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
 from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
@@ -20,13 +21,19 @@ class PaddedModel(_keras.LossPerExample):
 
     Attributes:
         model_inputs: how batches are checked, and the index. A property of a subclass, derived from its layers.
+        query_tower: embeds queries.
+        candidate_tower: embeds candidates.
         corpus_metrics: metrics of ranks that `evaluate` computes.
         check_inputs: whether batches and losses are checked.
     """
 
+    query_tower: keras.layers.Layer
+    candidate_tower: keras.layers.Layer
     corpus_metrics: list[Any]
     check_inputs: bool
     _validation_batches: batches.PaddedBatches | None = None
+    # Whether `call` retrieves candidates, although a batch may have the features of both towers.
+    _is_retrieving = False
 
     @property
     def ranks_in_evaluation(self) -> bool:
@@ -71,7 +78,8 @@ class PaddedModel(_keras.LossPerExample):
             ValueError: if a batch is invalid, or the loss of an epoch is not finite. `model.history` still holds the
                 epochs up to the error.
         """
-        x = self.model_inputs.to_arrays(x, y)
+        if isinstance(x, dict) or columns.is_frame(x):
+            x, y, sample_weight = self.model_inputs.to_arrays(x, y, sample_weight)
         if class_weight is not None and isinstance(x, dict) and y is None:
             raise ValueError(
                 "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
@@ -99,13 +107,15 @@ class PaddedModel(_keras.LossPerExample):
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
+        check_mesh(self.variables)
         stop = StopIfNotFinite()
-        with WeightGuard(self) as guard, self._validating(validation_data):
+        # `evaluate` needs to know the batches that are checked already.
+        with WeightGuard(self) as guard, self._setting(_validation_batches=validation_data):
             history = super().fit(
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=_with_callbacks(callbacks, stop, guard),
+                callbacks=_with_callbacks(callbacks, _RefreshIndex(), stop, guard),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -114,7 +124,7 @@ class PaddedModel(_keras.LossPerExample):
                 validation_freq=validation_freq,
             )
         if self.check_inputs and stop.found is not None:
-            raise ValueError(not_finite(self.trainable_variables, *stop.found))
+            raise ValueError(self._not_finite(*stop.found, x))
         return history
 
     def evaluate(
@@ -134,25 +144,24 @@ class PaddedModel(_keras.LossPerExample):
         Raises:
             ValueError: if a batch is invalid, or the loss is not finite.
         """
-        if self.ranks_in_evaluation:
-            self.refresh_index()
         within_fit = x is not None and x is self._validation_batches
         if within_fit:
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
         x = self.model_inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        check_mesh(self.variables)
         with WeightGuard(self) as guard:
             logs = super().evaluate(
                 x,
                 verbose=verbose,
                 steps=steps,
-                callbacks=_with_callbacks(callbacks, guard),
+                callbacks=_with_callbacks(callbacks, _RefreshIndex(), guard),
                 return_dict=return_dict,
                 **kwargs,
             )
         # Keras returns a dict, a list that begins with the loss, or only the loss.
         loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
         if self.check_inputs and not math.isfinite(loss):
-            raise ValueError(not_finite(self.trainable_variables, "loss", loss))
+            raise ValueError(self._not_finite("loss", loss, None, x))
         return logs
 
     def predict(
@@ -178,15 +187,15 @@ class PaddedModel(_keras.LossPerExample):
         Raises:
             ValueError: if a batch is invalid, or the model has no index.
         """
-        self.refresh_index()
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
         x = self.model_inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
-        with WeightGuard(self) as guard:
-            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=_with_callbacks(callbacks, guard))
+        with WeightGuard(self) as guard, self._setting(_is_retrieving=True):
+            callbacks = _with_callbacks(callbacks, _RefreshIndex(), guard)
+            outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
         is_padding = x.is_padding(len(keras.tree.flatten(outputs)[0]))
-        if not is_padding.any():
-            return outputs
-        return keras.tree.map_structure(lambda output: output[~is_padding], outputs)
+        if is_padding.any():
+            outputs = keras.tree.map_structure(lambda output: output[~is_padding], outputs)
+        return outputs
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
@@ -197,6 +206,7 @@ class PaddedModel(_keras.LossPerExample):
                 "`class_weight` is not supported for single batches. Received: one. Pass weights as `sample_weight`."
             )
         x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
+        check_mesh(self.variables)
         self.reset_metrics()
         return super().train_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
@@ -211,19 +221,38 @@ class PaddedModel(_keras.LossPerExample):
     def predict_on_batch(self, x: Any) -> Any:
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
-        num_rows = batches.batch_length(x)
-        x, _, _ = self.model_inputs.batch(x, queries_only=True)
-        return keras.tree.map_structure(lambda output: output[:num_rows], super().predict_on_batch(x))
+        x, _, sample_weight = self.model_inputs.batch(x, queries_only=True)
+        is_present = sample_weight != 0
+        with self._setting(_is_retrieving=True):
+            outputs = super().predict_on_batch(x)
+        return keras.tree.map_structure(lambda output: output[is_present], outputs)
+
+    def _not_finite(self, name: str, loss: float, epoch: int | None, read: batches.PaddedBatches) -> str:
+        """Returns the error message for a loss that is not finite, after batches were read."""
+        where = f"{name}={loss}" if epoch is None else f"{name}={loss} in epoch {epoch + 1}"
+        names = self.model_inputs.names
+        towers = (("query", self.query_tower, names.query), ("candidate", self.candidate_tower, names.candidate))
+        with contextlib.suppress(ValueError):
+            # A generator cannot be read again.
+            for number, (features, _, sample_weight) in zip(range(len(read.sizes)), read.unshuffled(), strict=False):
+                for kind, tower, used in towers:
+                    found = row_not_finite(tower, select(features, used), sample_weight)
+                    if found is not None:
+                        values = {each: features[each][found] for each in names_in(used)}
+                        return no_embedding(kind, where, values, f"row {found} of batch {number}")
+        return not_finite(self.trainable_variables, where)
 
     @contextlib.contextmanager
-    def _validating(self, validation_batches: batches.PaddedBatches | None) -> Iterator[None]:
-        """Lets `evaluate` know the batches of `fit`, which are checked already."""
-        # Hidden from Keras's attribute tracking.
-        object.__setattr__(self, "_validation_batches", validation_batches)
+    def _setting(self, **attributes: Any) -> Iterator[None]:
+        """Sets attributes within `with`, hidden from Keras's attribute tracking."""
+        before = {name: getattr(self, name) for name in attributes}
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
         try:
             yield
         finally:
-            object.__setattr__(self, "_validation_batches", None)
+            for name, value in before.items():
+                object.__setattr__(self, name, value)
 
     def compute_loss_and_updates(
         self,
@@ -256,3 +285,16 @@ def _with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
     for callback in added:
         callbacks.append(callback)
     return callbacks
+
+
+class _RefreshIndex(keras.callbacks.Callback):  # type: ignore[misc]
+    """Refreshes the index after other callbacks have changed the weights, such as `SwapEMAWeights`."""
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refreshes the index before an evaluation."""
+        if self.model.ranks_in_evaluation:
+            self.model.refresh_index()
+
+    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refreshes the index before predictions."""
+        self.model.refresh_index()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from keras_rs_contrib import _keras, batches, scores
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.configuration import (
+    check_corpus_positives,
     check_drawn_ids,
     check_needs,
     check_optimizer_of_tables,
@@ -23,10 +23,11 @@ from keras_rs_contrib.model.configuration import (
     index_of_tower,
     metrics_of_corpus,
 )
-from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, select
+from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, flat, select
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
-from keras_rs_contrib.model.recommend import RecommendingModel
+from keras_rs_contrib.model.saving import SavedModel
+from keras_rs_contrib.model.towers import check_tower, embeddings_of
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
@@ -37,7 +38,7 @@ OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cros
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class TwoTowerModel(RecommendingModel):
+class TwoTowerModel(SavedModel):
     """A two-tower retrieval model on dicts of features.
 
     Batches are dicts of `[batch, ...]` arrays. They come from arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset`,
@@ -61,10 +62,9 @@ class TwoTowerModel(RecommendingModel):
     Args:
         query_tower: a Keras layer or model that maps query features to `[batch, embedding_dim]` embeddings.
         candidate_tower: a Keras layer or model that maps candidate features to `[batch, embedding_dim]` embeddings.
-        query_features: names of the features of the query tower. With one name, the tower receives a tensor; with
-            several, a dict.
-        candidate_features: names of the features of the candidate tower. With one name, the tower receives a tensor;
-            with several, a dict.
+        query_features: name of the feature of the query tower, which receives a tensor, or a list of names, of which
+            it receives a dict.
+        candidate_features: the same for the candidate tower. Both towers may use a feature.
         candidate_id: name of the feature that holds the candidate ids of the index. By default, the only feature of a
             candidate tower that is an embedding.
         label: name of the feature that holds labels, to which scores are fitted. The labels may also be passed as `y`.
@@ -82,10 +82,12 @@ class TwoTowerModel(RecommendingModel):
             candidates are excluded for their query in `evaluate`, `predict` and calls. Batches may omit the feature.
         corpus_metrics: rank metrics for `evaluate`, such as `RecallAtK(10)`. By default, recall and NDCG at the `k` of
             the index, and the mean reciprocal rank. An empty list for none.
+        corpus_positives: which rows are positives in `corpus_metrics`: a number, the least label of a positive; or the
+            name of a feature with the weight of each row as a positive, `[batch]`, 0 for none. By default, with
+            `label`, rows whose label is positive, and without `label`, all rows.
         check_inputs: whether to check each batch on the host before the model uses it, and the loss of each epoch. Ids
             outside their table, and values or losses that are not finite, are errors. Error messages count rows within
-            the batch; `shuffle=False` keeps the order of the data. Ids that a tower transforms before the lookup are
-            not checked.
+            the batch; `shuffle=False` keeps the order of the data.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
@@ -125,6 +127,7 @@ class TwoTowerModel(RecommendingModel):
         cross_batch_memory: CrossBatchMemory | None = None,
         exclude_feature: str | None = None,
         corpus_metrics: Iterable[RankMetric] | None = None,
+        corpus_positives: float | str | None = None,
         check_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -146,11 +149,15 @@ class TwoTowerModel(RecommendingModel):
         self.candidate_tower = candidate_tower
         self.query_features = feature_names("query_features", query_features)
         self.candidate_features = feature_names("candidate_features", candidate_features)
+        check_tower("query_tower", query_tower, self.query_features)
+        check_tower("candidate_tower", candidate_tower, self.candidate_features)
         for name, feature in (("candidate_id", candidate_id), ("label", label), ("exclude_feature", exclude_feature)):
             check_type(name, feature, str, optional=True)
         self.task = task
         self.retrieval = index_of_tower(retrieval, candidate_tower, task.similarity)
         self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, self.retrieval)
+        if self.retrieval is not None and not self.retrieval.is_tied and self.candidate_id is not None:
+            self.retrieval.take_ids_from(self.candidate_id)
         self.label = label
         self.sampling_probability = sampling_probability
         self.mixed_negatives = mixed_negatives
@@ -158,6 +165,7 @@ class TwoTowerModel(RecommendingModel):
         self.exclude_feature = exclude_feature
         check_needs(task, self.label, self.candidate_id, sampling_probability, mixed_negatives, cross_batch_memory)
         check_drawn_ids(mixed_negatives, candidate_tower, self.candidate_features, self.candidate_id)
+        self.corpus_positives = check_corpus_positives(corpus_positives, label)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
         self.check_inputs = check_inputs
         towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
@@ -169,7 +177,12 @@ class TwoTowerModel(RecommendingModel):
     def model_inputs(self) -> ModelInputs:
         """How batches are checked, by the layers that the model has now."""
         names = FeatureNames(
-            self.query_features, self.candidate_features, self.candidate_id, self.label, self.exclude_feature
+            query=self.query_features,
+            candidate=self.candidate_features,
+            candidate_id=self.candidate_id,
+            label=self.label,
+            exclude=self.exclude_feature,
+            positive_weight=self.corpus_positives if isinstance(self.corpus_positives, str) else None,
         )
         probability, num_drawn_from = self.sampling_probability, 0
         if self.mixed_negatives is not None:
@@ -248,21 +261,20 @@ class TwoTowerModel(RecommendingModel):
             TypeError: if `features` is not a dict.
             ValueError: if features are missing, or the model has no index to retrieve from.
         """
-        self.model_inputs.names.check(features, self.query_features)
-        self._note_features(features)
+        names = self.model_inputs.names
+        names.check(features, names.of_query)
         query_embeddings = self._embed_queries(features, training)
         self._check_lookups(0, features)
-        exclude_ids = self.model_inputs.names.exclude_ids(features)
-        if not any(name in features for name in self.candidate_features):
+        exclude_ids = names.exclude_ids(features)
+        if self._is_retrieving or not names.are_candidates_in(features):
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
-        self.model_inputs.names.check(features, self.candidate_features)
         candidates = select(features, self.candidate_features)
         result = {"query_embeddings": query_embeddings}
         if training and self.mixed_negatives is not None:
             result["drawn_ids"] = self.mixed_negatives.draw()
             # One lookup for both, because a `RowSparseEmbedding` allows one per step.
-            candidates = ops.concatenate([ops.cast(candidates, "int32"), result["drawn_ids"]])
-        candidate_embeddings = self.candidate_tower(candidates, training=training)
+            candidates = ops.concatenate([ops.cast(flat(candidates), "int32"), result["drawn_ids"]])
+        candidate_embeddings = embeddings_of(self.candidate_tower, candidates, training, "candidate_tower")
         self._check_lookups(1, features)
         result["candidate_embeddings"] = candidate_embeddings
         if self.cross_batch_memory is not None and not self.cross_batch_memory.built:
@@ -274,8 +286,8 @@ class TwoTowerModel(RecommendingModel):
             return result
         assert self.retrieval is not None
         assert self.candidate_id is not None
-        self.model_inputs.names.check(features, [self.candidate_id])
-        result["ranks"] = self.retrieval.ranks(query_embeddings, features[self.candidate_id], exclude_ids)
+        names.check(features, [self.candidate_id])
+        result["ranks"] = self.retrieval.ranks(query_embeddings, flat(features[self.candidate_id]), exclude_ids)
         return result
 
     def compute_loss(
@@ -303,7 +315,7 @@ class TwoTowerModel(RecommendingModel):
         result = {"candidate_embeddings": y_pred["candidate_embeddings"], "candidate_mask": candidate_mask}
         if self.candidate_id is None or self.label is not None:
             return result
-        ids = x[self.candidate_id]
+        ids = flat(x[self.candidate_id])
         if self.task.remove_accidental_hits or self.cross_batch_memory is not None:
             result["candidate_ids"] = ids
         if self.sampling_probability is not None:
@@ -331,8 +343,9 @@ class TwoTowerModel(RecommendingModel):
         """
         has_ranks = "ranks" in y_pred
         if has_ranks:
+            weight = self._weight_of_positives(x, y, sample_weight)
             for metric in self.corpus_metrics:
-                metric.update_state(y_pred["ranks"], sample_weight=sample_weight)
+                metric.update_state(y_pred["ranks"], sample_weight=weight)
         labels = predictions = None
         if self._has_label_metrics:
             labels = ops.expand_dims(self.model_inputs.names.labels(x, y), 1)
@@ -347,26 +360,18 @@ class TwoTowerModel(RecommendingModel):
                 result.pop(metric.name, None)
         return result
 
-    # Saving.
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the model's own weights, and refreshes the index first if possible."""
-        if self.retrieval is not None and not self.retrieval.is_tied and self.retrieval.has_candidates:
-            try:
-                self.refresh_index()
-            except ValueError as error:
-                # The trained weights are worth saving even with a stale index.
-                warnings.warn(f"The model is saved with a stale index. {error}", stacklevel=2)
-        super().save_own_variables(store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Loads the model's own weights.
-
-        In files of version 0.1, a checksum of another kind is one of them. It is ignored: the index counts as fresh.
-        """
-        is_old = list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied
-        if not is_old:
-            super().load_own_variables(store)
+    def _weight_of_positives(self, x: Any, y: Any, sample_weight: Any) -> Any:
+        """Returns the weight of each row in the rank metrics, 0 for rows that are not positives."""
+        if isinstance(self.corpus_positives, str):
+            weight = flat(x[self.corpus_positives])
+        elif self.label is None:
+            return sample_weight
+        else:
+            labels = self.model_inputs.names.labels(x, y)
+            least = self.corpus_positives
+            weight = ops.greater(labels, 0) if least is None else ops.greater_equal(labels, least)
+        weight = ops.cast(weight, "float32")
+        return weight if sample_weight is None else ops.multiply(weight, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, serialized."""
@@ -385,6 +390,7 @@ class TwoTowerModel(RecommendingModel):
             **{name: None if layer is None else serialize(layer) for name, layer in optional.items()},
             exclude_feature=self.exclude_feature,
             corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
+            corpus_positives=self.corpus_positives,
             check_inputs=self.check_inputs,
         )
         return config
@@ -393,6 +399,10 @@ class TwoTowerModel(RecommendingModel):
     def from_config(cls, config: dict[str, Any]) -> TwoTowerModel:
         """Returns the model that `get_config` describes."""
         config = dict(config)
+        if "corpus_positives" not in config:
+            # In files of version 0.1, a list of one feature is the feature itself.
+            for name in ("query_features", "candidate_features"):
+                config[name] = config[name][0] if len(config[name]) == 1 else config[name]
         deserialize = keras.saving.deserialize_keras_object
         index = config.get("retrieval")
         for name in ("query_tower", "candidate_tower", "task", *OPTIONAL_LAYERS):
@@ -409,25 +419,8 @@ class TwoTowerModel(RecommendingModel):
             ]
         return cls(**config)
 
-    def get_build_config(self) -> dict[str, Any] | None:
-        """Returns the shape and dtype of each feature that the model has seen."""
-        return {"features": self._seen_features} if self._seen_features else None
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds the towers for the features in `config`."""
-        features = config.get("features", {})
-        if all(name in features for name in self.query_features):
-            self({name: keras.KerasTensor((1, *shape), dtype) for name, (shape, dtype) in features.items()})
-
     def _check_lookups(self, tower: int, features: dict[str, Any]) -> None:
         """Raises `ValueError` if a tower rounds ids, which shows without their values."""
         # While Keras traces for shapes, it would turn the error into a warning.
         if self.check_inputs and not _keras.is_tracing_symbolically():
             self._lookups.trace(tower, features)
-
-    def _note_features(self, features: dict[str, Any]) -> None:
-        used = [*self.query_features, *self.candidate_features, self.candidate_id]
-        for name in used:
-            if name in features and name not in self._seen_features:
-                dtype = keras.backend.standardize_dtype(features[name].dtype)
-                self._seen_features[name] = (tuple(features[name].shape[1:]), dtype)

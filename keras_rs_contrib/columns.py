@@ -1,0 +1,111 @@
+"""Columns of data as arrays: of DataFrames, Series, lists, NumPy and other arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def is_frame(data: Any) -> bool:
+    """Returns whether data is a DataFrame of pandas, or of a library with the same interface."""
+    return hasattr(data, "columns") and hasattr(data, "__getitem__") and not hasattr(data, "shape_invariants")
+
+
+def as_dict(x: Any) -> Any:
+    """Returns a DataFrame as a dict of its columns, and other data unchanged."""
+    return {name: x[name] for name in x.columns} if is_frame(x) else x
+
+
+def arrays_of(features: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+    """Returns the features that a model needs as arrays, and others only if they are arrays of numbers already.
+
+    Args:
+        features: columns by name.
+        needed: names of the features that the model uses.
+
+    Raises:
+        ValueError: if a feature that is needed does not hold numbers.
+    """
+    result = {}
+    for name, values in features.items():
+        if name in needed:
+            result[name] = as_array(values, f"The feature {name!r}")
+        elif _is_array_of_numbers(values):
+            result[name] = values
+    return result
+
+
+def as_array(values: Any, name: str) -> Any:
+    """Returns a column as an array of numbers.
+
+    Args:
+        values: a column, in any form.
+        name: what it is, for errors.
+
+    Raises:
+        ValueError: if it is a single value, is ragged, lacks values, or holds something else than numbers.
+    """
+    if _is_array_of_numbers(values):
+        return values
+    if isinstance(values, (list, tuple, range)):
+        values = _stacked(values, name)
+    if is_frame(values):
+        values = values[values.columns[0]] if len(values.columns) == 1 else values.to_numpy()
+    own_dtype = getattr(values, "dtype", None)
+    if hasattr(values, "to_numpy"):
+        if hasattr(values, "isna") and bool(np.asarray(values.isna()).any()):
+            raise ValueError(
+                f"{name} must have a value in each row. Received: a missing value in row "
+                f"{int(np.flatnonzero(np.asarray(values.isna()))[0])}. Fill in missing values, or leave such rows out."
+            )
+        values = values.to_numpy()
+    if getattr(values, "shape", None) == () or np.isscalar(values):
+        raise ValueError(
+            f"{name} must have a row for each example. Received: the single value {values!r}. "
+            f"Pass an array, such as `np.full(num_rows, {values!r})`."
+        )
+    if isinstance(values, np.ndarray) and values.dtype.kind == "O":
+        # Such as a column of lists, or of Python integers.
+        values = _stacked(list(values), name)
+    if hasattr(values, "shape") and not isinstance(getattr(values, "dtype", None), np.dtype):
+        # A tensor of JAX, TensorFlow or PyTorch.
+        return values
+    values = np.asarray(values)
+    if values.dtype.kind not in "iufb" or (own_dtype is not None and str(own_dtype) == "category"):
+        raise ValueError(
+            f"{name} must hold numbers, which JAX can compute with. Received: dtype "
+            f"{values.dtype if own_dtype is None else own_dtype}. {_fix(own_dtype, values.dtype)}"
+        )
+    return values
+
+
+def _is_array_of_numbers(values: Any) -> bool:
+    dtype = getattr(values, "dtype", None)
+    if hasattr(values, "to_numpy") or not getattr(values, "shape", None):
+        return False
+    return dtype.kind in "iufb" if isinstance(dtype, np.dtype) else not _holds_strings(dtype)
+
+
+def _holds_strings(dtype: Any) -> bool:
+    """Returns whether a dtype of another library is one of strings."""
+    return "string" in str(dtype)
+
+
+def _stacked(rows: Iterable[Any], name: str) -> np.ndarray[Any, Any]:
+    """Returns rows as one array."""
+    try:
+        return np.asarray(rows if isinstance(rows, (list, tuple)) else list(rows))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have rows of equal length. Received: {error} Pad short rows with an id of their own."
+        ) from error
+
+
+def _fix(own_dtype: Any, dtype: np.dtype[Any]) -> str:
+    if dtype.kind in "mM":
+        return "Convert it first, for instance with `.astype('int64') // 10**9` to seconds."
+    if str(own_dtype) == "category":
+        return "Pass its codes: `.cat.codes`."
+    return "Map it in the input pipeline, for instance with `keras.layers.StringLookup`."

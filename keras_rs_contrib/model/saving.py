@@ -1,0 +1,132 @@
+"""How a two-tower model is built, saved and loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import keras
+
+from keras_rs_contrib.model.recommend import RecommendingModel
+
+
+class SavedModel(RecommendingModel):
+    """A recommending model that remembers the features that it has seen, and builds its weights for them.
+
+    Attributes:
+        candidate_tower: embeds candidates. Set by the constructor of a subclass.
+        candidate_id: name of the feature with the ids of candidates, or `None`.
+        cross_batch_memory: a layer with weights that depend on the embeddings, or `None`.
+    """
+
+    candidate_tower: keras.layers.Layer
+    candidate_id: str | None
+    cross_batch_memory: keras.layers.Layer | None
+    # Shape, without the batch, and dtype of each feature, by name.
+    _seen_features: dict[str, tuple[tuple[int, ...], str]]
+    # Dtypes of the features while the model is called, by name.
+    _dtypes: dict[str, str] | None = None
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, and notes the shapes and dtypes of the features."""
+        dtypes = {}
+        if isinstance(features, dict):
+            arrays = {name: x for name, x in features.items() if hasattr(x, "dtype")}
+            dtypes = {name: keras.backend.standardize_dtype(x.dtype) for name, x in arrays.items()}
+            names = self.model_inputs.names
+            for name in [*names.of_query, *names.of_candidate, self.candidate_id]:
+                if name in arrays and name not in self._seen_features:
+                    self._seen_features[name] = (tuple(arrays[name].shape[1:]), dtypes[name])
+        with self._setting(_dtypes=dtypes):
+            return super().__call__(features, *args, **kwargs)
+
+    def build(self, features_shape: Any) -> None:
+        """Creates the weights of the model.
+
+        Args:
+            features_shape: dict of the shapes of the features, with the batch, such as `{"user_id": (None,)}`.
+
+        Raises:
+            TypeError: if it is not a dict.
+            ValueError: if features are missing, or the towers cannot take them.
+        """
+        names = self.model_inputs.names
+        if not isinstance(features_shape, dict):
+            raise TypeError(
+                "A two-tower model is built with a dict of shapes. Received: "
+                f"{features_shape!r}. Name them, such as {{{names.of_query[0]!r}: (None,)}}."
+            )
+        if self._dtypes is not None:
+            # Keras is calling the model. If it fails here, it fails in the call, with a better message.
+            with contextlib.suppress(Exception):
+                self._trace(features_shape, self._dtypes)
+            return
+        names.check(features_shape, names.of_query)
+        # Dtypes are unknown. Ids are more frequent, and most layers take integers as well.
+        try:
+            self._trace(features_shape, dict.fromkeys(features_shape, "int32"))
+        except Exception:
+            try:
+                self._trace(features_shape, dict.fromkeys(features_shape, "float32"))
+            except Exception as error:
+                raise ValueError(
+                    "The towers must take features of the given shapes. Received: "
+                    f"{features_shape}, with which they fail: {error} Call the model on a batch instead of `build`."
+                ) from error
+
+    def _trace(self, shapes: dict[str, Any], dtypes: dict[str, str]) -> None:
+        used = {name: shape for name, shape in shapes.items() if name in dtypes}
+        # Keras makes up the size of the batch.
+        self.compute_output_spec(
+            {name: keras.KerasTensor((None, *shape[1:]), dtypes[name]) for name, shape in used.items()}
+        )
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the model's own weights, and refreshes the index first if possible."""
+        if self.retrieval is not None and not self.retrieval.is_tied and self.retrieval.has_candidates:
+            try:
+                self.refresh_index()
+            except ValueError as error:
+                # The trained weights are worth saving even with a stale index.
+                warnings.warn(f"The model is saved with a stale index. {error}", stacklevel=2)
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the model's own weights.
+
+        In files of version 0.1, a checksum of another kind is one of them. It is ignored: the index counts as fresh.
+        """
+        is_old = list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied
+        if not is_old:
+            super().load_own_variables(store)
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the weights: see `keras.Model.save_weights`. Raises `ValueError` if the model has none yet."""
+        self._check_has_weights()
+        super().save_weights(*args, **kwargs)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the weights: see `keras.Model.load_weights`. Raises `ValueError` if the model has none yet."""
+        self._check_has_weights()
+        super().load_weights(*args, **kwargs)
+
+    def _check_has_weights(self) -> None:
+        layers = (self.query_tower, self.candidate_tower, self.retrieval, self.cross_batch_memory)
+        for layer in layers:
+            if layer is not None and not layer.built:
+                raise ValueError(
+                    "A model must be built before its weights are saved or loaded: Keras would skip the others. "
+                    f"Received: {layer.name!r}, which is not built. Call the model on a batch with the features of "
+                    "both towers first."
+                )
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """Returns the shape and dtype of each feature that the model has seen."""
+        return {"features": self._seen_features} if self._seen_features else None
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds the towers for the features in `config`."""
+        features = config.get("features", {})
+        if all(name in features for name in self.model_inputs.names.of_query):
+            self({name: keras.KerasTensor((1, *shape), dtype) for name, (shape, dtype) in features.items()})
