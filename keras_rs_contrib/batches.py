@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import _keras, distribution
+from keras_rs_contrib import _keras, columns, distribution
 from keras_rs_contrib.arguments import positive_int
 
 _NO_BATCH = "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
@@ -33,8 +33,9 @@ def pad_batches(
 
     Args:
         dataset: batches, as a `tf.data.Dataset`, a `keras.utils.PyDataset`, or anything else that `fit` takes; or
-            arrays to be cut into batches: an array, a dict or nested structure of arrays, or a tuple `(x, y)` or
-            `(x, y, sample_weight)`. Each array has a row for each example.
+            arrays to be cut into batches: an array, a dict or nested structure of arrays, a DataFrame, which
+            becomes a dict of its columns, or a tuple `(x, y)` or `(x, y, sample_weight)`. Each array has a row for
+            each example.
         multiple: positive int that must divide the batch sizes; `None` for the number of replicas of the distribution
             in force when the batches are read.
         batch_size: number of examples in a batch, for arrays; 32 by default, as in `fit`.
@@ -97,6 +98,7 @@ def padded_batches(
                 "Pass them to `pad_batches`, as `(x, y, sample_weight)`."
             )
         return PaddedBatches(x.adapter, x.multiple, prepare, x.has_weights_only)
+    x, y, sample_weight = (_without_frames(each) for each in (x, y, sample_weight))
     arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
     if not arrays:
         raise ValueError("A dataset needs at least one batch. Received: None. Pass arrays or a dataset.")
@@ -125,6 +127,15 @@ def padded_batches(
         again = functools.partial(_keras.get_data_adapter, x=x, y=y, sample_weight=sample_weight, batch_size=batch_size)
         batches.unshuffled_adapter = again
     return batches
+
+
+def _without_frames(data: Any) -> Any:
+    """Returns data whose DataFrames are dicts of arrays, and whose Series are arrays, `[num_rows]`."""
+    # Keras makes a matrix of a DataFrame, and a column of a Series.
+    data = columns.as_dict(data)
+    if isinstance(data, dict):
+        return {name: _without_frames(values) for name, values in data.items()}
+    return columns.as_array(data, "A column") if columns.is_series(data) else data
 
 
 class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]

@@ -10,7 +10,12 @@ import numpy as np
 
 def is_frame(data: Any) -> bool:
     """Returns whether data is a DataFrame of pandas, or of a library with the same interface."""
-    return hasattr(data, "columns") and hasattr(data, "__getitem__") and not hasattr(data, "shape_invariants")
+    return hasattr(data, "columns") and hasattr(data, "to_numpy")
+
+
+def is_series(data: Any) -> bool:
+    """Returns whether data is a Series of pandas, or of a library with the same interface."""
+    return hasattr(data, "to_numpy") and not is_frame(data)
 
 
 def as_dict(x: Any) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.index.candidate_store import is_table
+from keras_rs_contrib.tables.joined_lookups import with_joined_lookups
+from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 
 # Keras runs them in TensorFlow, which cannot be a part of a function that JAX compiles.
 TENSORFLOW_LAYERS = ("Hashing", "HashedCrossing", "IntegerLookup", "StringLookup", "TextVectorization")
@@ -58,3 +62,21 @@ def check_tower(name: str, tower: keras.layers.Layer, features: str | list[str])
             f"An embedding takes one feature, and not a dict. Received: {features!r} for `{name}`. "
             f"Pass the name itself: {features[0]!r}."
         )
+
+
+def embed_with_joined_lookups(model: Any, embed: Callable[[], Any]) -> Any:
+    """Returns the result of `embed`, in a training step, with one lookup for each row-sparse table.
+
+    Args:
+        model: a model with a `query_tower` and a `candidate_tower`, which may share tables.
+        embed: runs both towers.
+    """
+    towers = (model.query_tower, model.candidate_tower)
+    layers = {id(layer): layer for tower in towers for layer in _keras.sublayers(tower)}
+    tables = [layer for layer in layers.values() if isinstance(layer, RowSparseEmbedding) and layer.trainable]
+    # Two tables that are the towers are looked up once each.
+    if not tables or (towers[0] is not towers[1] and all(is_table(tower) for tower in towers)):
+        return embed()
+    of_tables = {id(variable) for table in tables for variable in table.variables}
+    others = [variable for variable in model.variables if id(variable) not in of_tables]
+    return with_joined_lookups(tables, others, embed)

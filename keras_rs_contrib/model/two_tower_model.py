@@ -27,7 +27,7 @@ from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, fl
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.saving import SavedModel
-from keras_rs_contrib.model.towers import check_tower, embeddings_of
+from keras_rs_contrib.model.towers import check_tower, embed_with_joined_lookups, embeddings_of
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
@@ -263,20 +263,21 @@ class TwoTowerModel(SavedModel):
         """
         names = self.model_inputs.names
         names.check(features, names.of_query)
-        query_embeddings = self._embed_queries(features, training)
-        self._check_lookups(0, features)
         exclude_ids = names.exclude_ids(features)
         if self._is_retrieving or not names.are_candidates_in(features):
+            query_embeddings = self._embed_queries(features, training)
+            self._check_lookups(0, features)
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
         candidates = select(features, self.candidate_features)
-        result = {"query_embeddings": query_embeddings}
+        result = {}
         if training and self.mixed_negatives is not None:
             result["drawn_ids"] = self.mixed_negatives.draw()
             # One lookup for both, because a `RowSparseEmbedding` allows one per step.
             candidates = ops.concatenate([ops.cast(flat(candidates), "int32"), result["drawn_ids"]])
-        candidate_embeddings = embeddings_of(self.candidate_tower, candidates, training, "candidate_tower")
+        query_embeddings, candidate_embeddings = self._embed(features, candidates, training)
+        self._check_lookups(0, features)
         self._check_lookups(1, features)
-        result["candidate_embeddings"] = candidate_embeddings
+        result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings, **result}
         if self.cross_batch_memory is not None and not self.cross_batch_memory.built:
             self.cross_batch_memory.build(candidate_embeddings.shape)
         if self.retrieval is not None and not self.retrieval.built:
@@ -289,6 +290,15 @@ class TwoTowerModel(SavedModel):
         names.check(features, [self.candidate_id])
         result["ranks"] = self.retrieval.ranks(query_embeddings, flat(features[self.candidate_id]), exclude_ids)
         return result
+
+    def _embed(self, features: dict[str, Any], candidates: Any, training: bool | None) -> Any:
+        """Returns the embeddings of queries and candidates."""
+
+        def embed() -> tuple[Any, Any]:
+            query_embeddings = self._embed_queries(features, training)
+            return query_embeddings, embeddings_of(self.candidate_tower, candidates, training, "candidate_tower")
+
+        return embed_with_joined_lookups(self, embed) if training else embed()
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True

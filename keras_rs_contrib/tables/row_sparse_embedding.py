@@ -94,6 +94,8 @@ class RowSparseEmbedding(ShardedEmbedding):
         self.optimizer = row_optimizer
         # The tensor of the last lookup in a traced training step. Set this way to bypass Keras's attribute tracking.
         object.__setattr__(self, "_looked_up", None)
+        # What answers a call in place of a lookup, while several lookups are joined.
+        object.__setattr__(self, "answer", None)
         self._assign_weights(weights)
 
     def _add_table(self, name: str, shape: tuple[int, int], **kwargs: Any) -> keras.Variable:
@@ -164,6 +166,8 @@ class RowSparseEmbedding(ShardedEmbedding):
         """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
         if not keras.backend.is_int_dtype(inputs.dtype):
             inputs = ops.cast(inputs, "int32")
+        if self.answer is not None:
+            return self.answer(inputs)
         table = self.embeddings.value_for_lookup
         step = _Step(self)
         iterations = ops.convert_to_tensor(self._step_count)
