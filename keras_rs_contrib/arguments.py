@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def positive_int(value: Any, name: str) -> int:
@@ -26,3 +32,47 @@ def check_type(name: str, value: Any, kind: type, optional: bool = False) -> Non
 def differ(first: int | None, second: int | None) -> bool:
     """Returns whether two dimensions are known and different."""
     return first is not None and second is not None and first != second
+
+
+def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that has keyword-only parameters: an argument too many by position raises a clear error."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_positional(function, len(args))
+        return function(*args, **kwargs)
+
+    # Keras reads the signature of constructors in a way that does not see through decorators.
+    checked.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return checked
+
+
+def check_positional(function: Callable[..., Any], num_given: int) -> None:
+    """Raises `TypeError` if a function that has keyword-only parameters gets too many arguments by position.
+
+    Args:
+        function: function or method, such as `Layer.call`, as its class holds it.
+        num_given: number of arguments that were passed by position, including `self`.
+
+    Raises:
+        TypeError: with the names of the keyword-only parameters.
+    """
+    positional, keyword_only = _parameters(function)
+    if not keyword_only or positional is None or num_given <= len(positional):
+        return
+    num_bound = int(positional[:1] == ("self",))
+    owner = function.__qualname__.removesuffix(".__init__").removesuffix(".call")
+    names = " and ".join(f"`{name}`" for name in positional[num_bound:])
+    raise TypeError(
+        f"`{owner}` takes only {names} by position. Received: {num_given - num_bound} arguments by position. "
+        f"Name the others: {', '.join(f'`{name}=`' for name in keyword_only)}."
+    )
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Returns the positional parameters, or `None` if there is no limit, and the keyword-only ones."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    is_limited = all(p.kind != p.VAR_POSITIONAL for p in parameters)
+    return positional if is_limited else None, tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.arguments import check_positional
+
 # The id of "no candidate", in rows with fewer candidates than columns.
 NO_CANDIDATE = -1
 
@@ -101,6 +103,7 @@ class IdArguments(keras.layers.Layer):  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with int32 ids."""
+        check_positional(type(self).call, 1 + len(args))
         names = _argument_names(type(self).call)
 
         def checked(name: str | None, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import explains_keywords, positive_int
 
 
 class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
@@ -26,7 +26,8 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
         self.total = self.add_variable((), "zeros", name="total")
         self.count = self.add_variable((), "zeros", name="count")
 
-    def update_state(self, ranks: Any, sample_weight: Any = None) -> None:
+    @explains_keywords
+    def update_state(self, ranks: Any, *, sample_weight: Any = None) -> None:
         """Adds queries to the mean.
 
         Args:

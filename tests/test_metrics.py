@@ -41,7 +41,7 @@ def test_results_match_the_formula(rng, metric_and_value, m, is_weighted):
     metric, value = metric_and_value
     ranks = random_ranks(rng, 40, m)
     sample_weight = rng.choice([0.0, 0.5, 1.0, 3.0], 40) if is_weighted else None
-    metric.update_state(ranks, sample_weight)
+    metric.update_state(ranks, sample_weight=sample_weight)
     np.testing.assert_allclose(metric.result(), reference.mean_over_queries(value, ranks, sample_weight), rtol=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_queries_without_positives_are_not_counted(rng, metric_and_value):
     ranks[:, 0] = rng.integers(0, 5, 10)
     metric.update_state(ranks)
     expected = float(metric.result())
-    metric.update_state(np.full((40, 7), -1), np.full(40, 9.0))
+    metric.update_state(np.full((40, 7), -1), sample_weight=np.full(40, 9.0))
     assert float(metric.result()) == expected
     assert float(metric.count) == 10
 
@@ -93,7 +93,7 @@ def test_the_result_without_counted_queries_is_zero(metric_and_value):
     metric, _ = metric_and_value
     assert float(metric.result()) == 0
     metric.update_state([-1, -1])
-    metric.update_state([[0, 1]], [0.0])
+    metric.update_state([[0, 1]], sample_weight=[0.0])
     metric.update_state(np.zeros((0, 2), "int32"))
     assert float(metric.result()) == 0
 
@@ -103,13 +103,13 @@ def test_the_result_does_not_depend_on_the_batches(rng, metric_and_value):
     metric, value = metric_and_value
     ranks, sample_weight = random_ranks(rng, 100, 7), rng.random(100) * 5
     for rows in np.split(np.arange(100), [40, 50, 90]):
-        metric.update_state(ranks[rows], sample_weight[rows])
+        metric.update_state(ranks[rows], sample_weight=sample_weight[rows])
     np.testing.assert_allclose(metric.result(), reference.mean_over_queries(value, ranks, sample_weight), rtol=1e-6)
 
 
 def test_reset_state_clears_the_sums(metric_and_value):
     metric, value = metric_and_value
-    metric.update_state([0, 15], [3.0, 5.0])
+    metric.update_state([0, 15], sample_weight=[3.0, 5.0])
     metric.reset_state()
     assert float(metric.result()) == float(metric.total) == float(metric.count) == 0
     metric.update_state([[1, 4]])
@@ -128,12 +128,13 @@ def test_the_result_does_not_depend_on_the_number_of_devices(rng, metric_and_val
     ranks = np.pad(ranks, ((0, padding), (0, 0)))
     sample_weight = np.pad(sample_weight, (0, padding))
     mesh = keras.distribution.distribution().device_mesh.backend_mesh
-    batch = jax.device_put((ranks, sample_weight), NamedSharding(mesh, PartitionSpec("batch")))
-    assert batch[0].addressable_shards[0].data.shape[0] == (29 + padding) // num_devices
-    metric.update_state(*batch)
+    ranks, weights = jax.device_put((ranks, sample_weight), NamedSharding(mesh, PartitionSpec("batch")))
+    assert ranks.addressable_shards[0].data.shape[0] == (29 + padding) // num_devices
+    metric.update_state(ranks, sample_weight=weights)
     np.testing.assert_allclose(metric.result(), expected, rtol=1e-6, atol=1e-6)
     assert metric.total.value.sharding.is_fully_replicated
-    state = jax.jit(metric.stateless_update_state)([v.value for v in metric.variables], *batch)
+    update = jax.jit(metric.stateless_update_state)
+    state = update([v.value for v in metric.variables], ranks, sample_weight=weights)
     np.testing.assert_allclose(metric.stateless_result(state), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state[1], 2 * np.asarray(metric.count.value), rtol=1e-6)
 
@@ -153,7 +154,7 @@ def test_results_for_random_ranks_match_the_formula(data):
         (NDCGAtK(k), functools.partial(reference.ndcg, k=k)),
         (MeanReciprocalRank(), reference.reciprocal_rank),
     ):
-        metric.update_state(ranks, sample_weight)
+        metric.update_state(ranks, sample_weight=sample_weight)
         expected = reference.mean_over_queries(value, ranks, sample_weight)
         np.testing.assert_allclose(metric.result(), expected, rtol=1e-5)
         assert 0 <= float(metric.result()) <= 1 + 1e-6
@@ -176,7 +177,7 @@ def test_values_of_uncounted_queries_may_be_nan_or_infinite():
             return 1 / keras.ops.cast(ranks[:, 0] + 1, "float32") * keras.ops.where(ranks[:, 0] == 5, np.nan, 1.0)
 
     metric = Inverse()
-    metric.update_state([1, -1, 5], [1.0, 1.0, 0.0])
+    metric.update_state([1, -1, 5], sample_weight=[1.0, 1.0, 0.0])
     assert float(metric.result()) == 0.5
 
 
@@ -225,7 +226,7 @@ def test_invalid_arguments_raise_and_change_no_state(metric_and_value, ranks, sa
     metric, _ = metric_and_value
     metric.update_state([0])
     with pytest.raises(error, match=words):
-        metric.update_state(ranks, sample_weight)
+        metric.update_state(ranks, sample_weight=sample_weight)
     assert float(metric.count) == 1
 
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import differ, positive_int
+from keras_rs_contrib.arguments import check_positional, differ, explains_keywords, positive_int
 from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments
 
 # The variables that hold the stored candidates.
@@ -80,7 +80,8 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     Reference: Wang et al., "Cross-batch negative sampling for training two-tower recommenders", SIGIR 2021.
     """
 
-    def __init__(self, capacity: int, warmup_steps: int = 0, **kwargs: Any) -> None:
+    @explains_keywords
+    def __init__(self, capacity: int, *, warmup_steps: int = 0, **kwargs: Any) -> None:
         capacity = positive_int(capacity, "capacity")
         if not isinstance(warmup_steps, numbers.Integral) or isinstance(warmup_steps, bool) or warmup_steps < 0:
             raise ValueError(
@@ -114,6 +115,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the shapes before `build` allocates the memory, then calls the layer."""
+        check_positional(type(self).call, 1 + len(args))
         bound = inspect.signature(self.call).bind(*args, **kwargs)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name != "training"}
@@ -123,6 +125,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     def call(
         self,
         candidate_embeddings: Any,
+        *,
         candidate_ids: Any = None,
         candidate_sampling_probability: Any = None,
         candidate_mask: Any = None,
@@ -197,6 +200,7 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     def compute_output_spec(
         self,
         candidate_embeddings: Any,
+        *,
         candidate_ids: Any = None,
         candidate_sampling_probability: Any = None,
         candidate_mask: Any = None,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import explains_keywords, positive_int
 from keras_rs_contrib.ids import IdArguments, check_exclude_ids
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
@@ -102,10 +102,12 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     2020.
     """
 
+    @explains_keywords
     def __init__(
         self,
         sampling_probability: StreamingSamplingProbability,
         num_negatives: int,
+        *,
         seed: int | None = None,
         exclude_ids: Any = (),
         **kwargs: Any,
@@ -130,7 +132,7 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         self.supports_masking = True
         self.built = True
 
-    def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> MixedCandidates:
+    def call(self, candidate_ids: Any, *, candidate_mask: Any = None, training: bool | None = None) -> MixedCandidates:
         """Returns the candidates for the queries of a batch.
 
         Args:
@@ -204,7 +206,7 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
         return ops.where(ops.equal(ops.take(excluded, nearest, axis=0), ids), 0.0, probability)
 
     def compute_output_spec(
-        self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None
+        self, candidate_ids: Any, *, candidate_mask: Any = None, training: bool | None = None
     ) -> MixedCandidates:
         """Returns shapes and dtypes. The number of candidates is `None`, because it depends on `training`."""
         return MixedCandidates(*(keras.KerasTensor((None,), dtype=dtype) for dtype in ("int32", "float32", "bool")))

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import explains_keywords, positive_int
 from keras_rs_contrib.ids import IdArguments
 
 # The variables that hold the estimate.
@@ -59,7 +59,8 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
     Reference: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019.
     """
 
-    def __init__(self, num_candidates: int, window: float = 1_000_000, counts: Any = None, **kwargs: Any) -> None:
+    @explains_keywords
+    def __init__(self, num_candidates: int, *, window: float = 1_000_000, counts: Any = None, **kwargs: Any) -> None:
         num_candidates = positive_int(num_candidates, "num_candidates")
         window = _check_window(window)
         if counts is not None:
@@ -90,7 +91,7 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
     def _add_state(self, shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
         return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, trainable=False, name=name)
 
-    def call(self, candidate_ids: Any, candidate_mask: Any = None, training: bool | None = None) -> Any:
+    def call(self, candidate_ids: Any, *, candidate_mask: Any = None, training: bool | None = None) -> Any:
         """Returns the sampling probability of each candidate. In training, the estimate includes this batch.
 
         Args:

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import differ
+from keras_rs_contrib.arguments import differ, explains_keywords
 from keras_rs_contrib.distribution import batch_split, num_replicas
 from keras_rs_contrib.ids import IdArguments
 from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
@@ -73,9 +73,11 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
     Reference: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019.
     """
 
+    @explains_keywords
     def __init__(
         self,
         loss: keras.losses.Loss | None = None,
+        *,
         similarity: str = "dot",
         temperature: float | None = None,
         num_hard_negatives: int | None = None,
@@ -114,6 +116,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         self,
         query_embeddings: Any,
         candidate_embeddings: Any,
+        *,
         labels: Any = None,
         sample_weight: Any = None,
         candidate_ids: Any = None,
@@ -122,6 +125,8 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         candidate_mask: Any = None,
     ) -> Any:
         """Computes the loss of a batch.
+
+        All arguments after the embeddings are keyword-only, because their order is not that of TFRS.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float, or `[batch, num_heads, embedding_dim]` to score each

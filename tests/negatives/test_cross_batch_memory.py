@@ -19,6 +19,16 @@ def batches_of(rng, sizes):
     ]
 
 
+def by_name(embeddings, ids, probabilities, **others):
+    """Returns a batch as the arguments of a call."""
+    return {
+        "candidate_embeddings": embeddings,
+        "candidate_ids": ids,
+        "candidate_sampling_probability": probabilities,
+        **others,
+    }
+
+
 def state_of(layer):
     return {variable.name: np.asarray(variable.value) for variable in layer.non_trainable_variables}
 
@@ -34,10 +44,10 @@ def test_memory_holds_the_most_recent_candidates(rng, capacity, is_masked):
     held = reference.cross_batch_memory([list(zip(*batch, strict=True)) for batch in batches], capacity, masks)
     layer = CrossBatchMemory(capacity)
     layer.build((None, DIMENSION))
-    step = jax.jit(lambda state, *batch: layer.stateless_call([], state, *batch, training=True))
+    step = jax.jit(lambda state, batch: layer.stateless_call([], state, **batch, training=True))
     state = [variable.value for variable in layer.non_trainable_variables]
     for batch, mask, before in zip(batches, masks, held, strict=False):
-        result, state = step(state, *batch, mask if is_masked else None)
+        result, state = step(state, by_name(*batch, candidate_mask=mask if is_masked else None))
         filled = np.array([row is not None for row in before])
         np.testing.assert_array_equal(result.candidate_mask, np.concatenate([mask, filled]))
         for part, (values, given) in enumerate(zip(result[:3], batch, strict=True)):
@@ -63,11 +73,11 @@ def test_loss_and_gradient_equal_those_of_one_larger_batch(rng, extra):
         for _ in range(2)
     )
     layer, task = CrossBatchMemory(10), DistributedTwoTowerTask(remove_accidental_hits=True)
-    layer(*earlier, training=True)
+    layer(**by_name(*earlier), training=True)
 
     @jax.jit
     def loss_of(embeddings, state):
-        candidates, state = layer.stateless_call([], state, embeddings, *now[1:], training=True)
+        candidates, state = layer.stateless_call([], state, **by_name(embeddings, *now[1:]), training=True)
         return task(queries, **candidates._asdict()), state
 
     state = [variable.value for variable in layer.non_trainable_variables]
@@ -99,9 +109,9 @@ def test_loss_and_gradient_equal_those_of_one_larger_batch(rng, extra):
 def test_memory_is_neither_used_nor_changed_outside_training(rng, training):
     (embeddings, ids, probabilities), other = batches_of(rng, [4, 4])
     layer = CrossBatchMemory(6)
-    layer(*other, training=True)
+    layer(**by_name(*other), training=True)
     before = state_of(layer)
-    result = layer(embeddings, ids, probabilities, training=training)
+    result = layer(**by_name(embeddings, ids, probabilities), training=training)
     np.testing.assert_array_equal(result.candidate_embeddings, embeddings)
     np.testing.assert_array_equal(result.candidate_ids, ids)
     np.testing.assert_array_equal(result.candidate_mask, [True] * 4)
@@ -130,9 +140,10 @@ def test_memory_is_float32_and_output_has_the_dtype_of_the_input(rng):
     keras.config.set_dtype_policy("mixed_bfloat16")
     layer = CrossBatchMemory(3)
     rows = rng.standard_normal((3, DIMENSION)).astype("float32")
-    assert layer(rows, np.arange(3), np.full(3, 0.3), training=True).candidate_embeddings.dtype == "float32"
+    others = {"candidate_ids": np.arange(3), "candidate_sampling_probability": np.full(3, 0.3), "training": True}
+    assert layer(rows, **others).candidate_embeddings.dtype == "float32"
     np.testing.assert_array_equal(layer.embeddings, rows)
-    result = layer(keras.ops.cast(rows, "bfloat16"), np.arange(3), np.full(3, 0.3), training=True)
+    result = layer(keras.ops.cast(rows, "bfloat16"), **others)
     assert result.candidate_embeddings.dtype == "bfloat16"
     assert result.candidate_sampling_probability.dtype == layer.probabilities.dtype == "float32"
     np.testing.assert_array_equal(result.candidate_sampling_probability, np.full(6, 0.3, "float32"))
@@ -143,7 +154,7 @@ def test_nan_padding_is_not_stored(rng):
     rows = rng.standard_normal((3, DIMENSION)).astype("float32")
     rows[1] = np.nan
     mask = np.array([True, False, True])
-    layer(rows, np.arange(3), np.array([0.1, np.nan, 0.1]), mask, training=True)
+    layer(**by_name(rows, np.arange(3), np.array([0.1, np.nan, 0.1]), candidate_mask=mask), training=True)
     assert np.isfinite(layer.embeddings).all()
     assert np.isfinite(layer.probabilities).all()
     np.testing.assert_array_equal(layer.ids, [0, 2, -1, -1])
@@ -200,7 +211,7 @@ def test_loaded_model_continues_training_identically(tmp_path):
 
 def test_functional_model_does_not_fix_the_number_of_candidates(rng):
     inputs = [keras.Input((DIMENSION,)), keras.Input((), dtype="int32"), keras.Input(())]
-    kept = CrossBatchMemory(4)(*inputs)
+    kept = CrossBatchMemory(4)(**by_name(*inputs))
     loss = DistributedTwoTowerTask(remove_accidental_hits=True)(inputs[0], **kept._asdict())
     model = keras.Model(inputs, [loss, kept.candidate_embeddings])
     batch = [rng.standard_normal((2, DIMENSION)).astype("float32"), np.arange(2), np.full(2, 0.1, "float32")]
