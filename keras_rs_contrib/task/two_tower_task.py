@@ -11,11 +11,18 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import differ, explains_keywords
+from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import batch_split, num_replicas
 from keras_rs_contrib.ids import IdArguments
 from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
 from keras_rs_contrib.task import losses
+from keras_rs_contrib.task.call_arguments import (
+    CallArguments,
+    check_arguments,
+    to_tensors,
+    valid_queries,
+    without_padding,
+)
 from keras_rs_contrib.task.in_batch_softmax import BatchCandidates, BatchQueries, InBatchSoftmax
 
 NEGATIVES = ("global", "local")
@@ -149,66 +156,40 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             TypeError: if an argument is a dict, or ids are not integers.
             ValueError: if shapes or arguments are inconsistent.
         """
-        given = {
-            "labels": labels,
-            "sample_weight": sample_weight,
-            "candidate_ids": candidate_ids,
-            "candidate_sampling_probability": candidate_sampling_probability,
-            "score_mask": score_mask,
-            "candidate_mask": candidate_mask,
-        }
-        query_embeddings = _to_tensor("query_embeddings", query_embeddings)
-        candidate_embeddings = _to_tensor("candidate_embeddings", candidate_embeddings)
-        given = {name: None if value is None else _to_tensor(name, value) for name, value in given.items()}
-        self._check_shapes(query_embeddings, candidate_embeddings, given)
-        self._check_divides(query_embeddings.shape[0])
-
-        sample_weight = given["sample_weight"]
-        if sample_weight is not None:
-            sample_weight = ops.cast(sample_weight, "float32")
-        valid = None
-        if candidate_mask is not None:
-            candidate_mask = ops.cast(given["candidate_mask"], "bool")
-            num_queries = ops.shape(query_embeddings)[0]
-            valid = candidate_mask[:num_queries]
-            # Padding rows may hold anything, even NaN: it must not reach the loss or a gradient.
-            query_embeddings = _zero_where_false(valid, query_embeddings)
-            candidate_embeddings = _zero_where_false(candidate_mask, candidate_embeddings)
-            if sample_weight is not None:
-                sample_weight = _zero_where_false(valid, sample_weight)
-
-        if labels is not None:
-            labels = ops.cast(given["labels"], "float32")
-            if valid is not None:
-                labels = _zero_where_false(valid, labels)
-            return self._pointwise_loss(query_embeddings, candidate_embeddings, labels, sample_weight, valid)
-
-        probability = given["candidate_sampling_probability"]
-        if probability is not None and candidate_mask is not None:
-            probability = _zero_where_false(candidate_mask, probability)
-        queries = BatchQueries(
-            to_comparable(query_embeddings, self.similarity), sample_weight, given["score_mask"], valid
+        arguments = self._prepared(
+            CallArguments(
+                query_embeddings,
+                candidate_embeddings,
+                labels=labels,
+                sample_weight=sample_weight,
+                candidate_ids=candidate_ids,
+                candidate_sampling_probability=candidate_sampling_probability,
+                score_mask=score_mask,
+                candidate_mask=candidate_mask,
+            )
         )
-        candidates = BatchCandidates(
-            to_comparable(candidate_embeddings, self.similarity),
-            None if probability is None else ops.cast(probability, "float32"),
-            given["candidate_ids"],
-            candidate_mask,
-        )
-        return self._in_batch_loss(queries, candidates)
+        return self._in_batch_loss(arguments) if labels is None else self._pointwise_loss(arguments)
 
-    def _in_batch_loss(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
-        num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
-        # The size is not an int when Keras traces a model symbolically, which needs only shapes and dtypes.
-        split = batch_split(num_queries) if isinstance(num_queries, int) else None
-        softmax = InBatchSoftmax(
-            temperature=self.temperature,
-            remove_accidental_hits=self.remove_accidental_hits,
-            num_hard_negatives=self.num_hard_negatives,
-            split=split,
-            is_local=self.negatives == "local",
+    def _prepared(self, arguments: CallArguments) -> CallArguments:
+        """Returns the arguments as tensors, checked, with 0 in padding rows."""
+        arguments = to_tensors(arguments)
+        check_arguments(arguments, self._settings_for_negatives())
+        self._check_divides(arguments.query_embeddings.shape[0])
+        arguments = without_padding(arguments)
+
+        def to_float32(value: Any) -> Any:
+            return None if value is None else ops.cast(value, "float32")
+
+        return arguments._replace(
+            labels=to_float32(arguments.labels),
+            sample_weight=to_float32(arguments.sample_weight),
+            candidate_sampling_probability=to_float32(arguments.candidate_sampling_probability),
         )
-        if self.loss is None and softmax.streams(num_queries, num_candidates):
+
+    def _in_batch_loss(self, arguments: CallArguments) -> Any:
+        softmax, queries, candidates = self._in_batch_softmax(arguments)
+        num_queries = queries.embeddings.shape[0]
+        if self.loss is None and softmax.streams(num_queries, candidates.embeddings.shape[0]):
             count = losses.count_of_valid_rows(num_queries, queries.valid)
             return ops.divide(softmax.total_loss(queries, candidates), count)
         logits, one_hot = softmax.logits(queries, candidates)
@@ -217,13 +198,47 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             return losses.mean_over_valid_rows(values, queries.sample_weight, queries.valid)
         return _reduced(self.loss, one_hot, logits, queries.sample_weight, queries.valid)
 
-    def _pointwise_loss(self, queries: Any, candidates: Any, labels: Any, sample_weight: Any, valid: Any) -> Any:
-        scores = pairwise_scores(queries, candidates, self.similarity)
+    def _in_batch_softmax(self, arguments: CallArguments) -> tuple[InBatchSoftmax, BatchQueries, BatchCandidates]:
+        queries = BatchQueries(
+            to_comparable(arguments.query_embeddings, self.similarity),
+            arguments.sample_weight,
+            arguments.score_mask,
+            valid_queries(arguments),
+        )
+        candidates = BatchCandidates(
+            to_comparable(arguments.candidate_embeddings, self.similarity),
+            arguments.candidate_sampling_probability,
+            arguments.candidate_ids,
+            arguments.candidate_mask,
+        )
+        num_queries = queries.embeddings.shape[0]
+        softmax = InBatchSoftmax(
+            temperature=self.temperature,
+            remove_accidental_hits=self.remove_accidental_hits,
+            num_hard_negatives=self.num_hard_negatives,
+            # The size is not an int when Keras traces a model symbolically, which needs only shapes and dtypes.
+            split=batch_split(num_queries) if isinstance(num_queries, int) else None,
+            is_local=self.negatives == "local",
+        )
+        return softmax, queries, candidates
+
+    def _pointwise_loss(self, arguments: CallArguments) -> Any:
+        scores = pairwise_scores(arguments.query_embeddings, arguments.candidate_embeddings, self.similarity)
         if self.temperature is not None:
             scores = ops.divide(scores, self.temperature)
+        labels, sample_weight, valid = arguments.labels, arguments.sample_weight, valid_queries(arguments)
         if self.loss is None:
             return losses.mean_over_valid_rows(ops.square(ops.subtract(labels, scores)), sample_weight, valid)
         return _reduced(self.loss, ops.expand_dims(labels, 1), ops.expand_dims(scores, 1), sample_weight, valid)
+
+    def _settings_for_negatives(self) -> list[str]:
+        """Returns the names of the settings for negatives that differ from their defaults."""
+        settings = {
+            "num_hard_negatives": self.num_hard_negatives is not None,
+            "remove_accidental_hits": self.remove_accidental_hits,
+            "negatives": self.negatives != "global",
+        }
+        return [name for name, is_set in settings.items() if is_set]
 
     def _check_divides(self, num_queries: int | None) -> None:
         replicas = num_replicas()
@@ -247,88 +262,13 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         """Returns the shape and dtype of the loss. Raises the errors of `call` about shapes and arguments."""
         bound = inspect.signature(self.call).bind(query_embeddings, candidate_embeddings, *args, **kwargs)
         bound.apply_defaults()
-        given = dict(bound.arguments)
-        self._check_shapes(given.pop("query_embeddings"), given.pop("candidate_embeddings"), given)
+        check_arguments(CallArguments(**bound.arguments), self._settings_for_negatives())
         unreduced = self.loss is not None and self.loss.reduction in (None, "none")
         return keras.KerasTensor((query_embeddings.shape[0],) if unreduced else (), dtype="float32")
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """Returns `None`: the loss has no mask."""
         return
-
-    def _check_shapes(self, query_embeddings: Any, candidate_embeddings: Any, given: dict[str, Any]) -> None:
-        query_shape, candidate_shape = tuple(query_embeddings.shape), tuple(candidate_embeddings.shape)
-        if len(query_shape) not in (2, 3) or len(candidate_shape) != 2:
-            raise ValueError(
-                "`query_embeddings` must have shape `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`, "
-                "and `candidate_embeddings` must have shape `[num_candidates, embedding_dim]`. Received: shapes "
-                f"{query_shape} and {candidate_shape}. Reshape the outputs of the towers to these ranks."
-            )
-        if differ(query_shape[-1], candidate_shape[-1]):
-            raise ValueError(
-                "Both towers must return embeddings of the same dimension. Received: "
-                f"{query_shape[-1]} for the queries and {candidate_shape[-1]} for the candidates. "
-                "Project one of them, for instance with a final `keras.layers.Dense`."
-            )
-        batch, num_candidates = query_shape[0], candidate_shape[0]
-        if batch is not None and num_candidates is not None and num_candidates < batch:
-            raise ValueError(
-                "Row i of `candidate_embeddings` must be the positive candidate of query i. Received: "
-                f"{batch} queries and {num_candidates} candidates. Pass at least as many candidates as queries."
-            )
-        expected = {
-            "labels": (batch,),
-            "sample_weight": (batch,),
-            "candidate_ids": (num_candidates,),
-            "candidate_sampling_probability": (num_candidates,),
-            "score_mask": (batch, num_candidates),
-            "candidate_mask": (num_candidates,),
-        }
-        for name, shape in expected.items():
-            if given[name] is None:
-                continue
-            received = tuple(given[name].shape)
-            if len(received) != len(shape) or any(map(differ, received, shape)):
-                raise ValueError(
-                    f"`{name}` must have shape {shape} for {batch} queries and {num_candidates} candidates. "
-                    f"Received: shape {received}. {_SHAPE_CURES[name]}"
-                )
-        if given["candidate_ids"] is not None:
-            dtype = keras.backend.standardize_dtype(given["candidate_ids"].dtype)
-            if "int" not in dtype:
-                raise TypeError(
-                    f"`candidate_ids` must be integers. Received: dtype {dtype}. "
-                    "Map the ids to integers first, for instance with `keras.layers.StringLookup`."
-                )
-        if given["labels"] is None:
-            if self.remove_accidental_hits and given["candidate_ids"] is None:
-                raise ValueError(
-                    "`remove_accidental_hits=True` requires the ids of the candidates. Received: candidate_ids=None. "
-                    "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
-                )
-            return
-        about_negatives = [
-            name
-            for name in ("candidate_ids", "candidate_sampling_probability", "score_mask")
-            if given[name] is not None
-        ]
-        if self.num_hard_negatives is not None:
-            about_negatives.append("num_hard_negatives")
-        if self.remove_accidental_hits:
-            about_negatives.append("remove_accidental_hits")
-        if self.negatives == "local":
-            about_negatives.append("negatives")
-        if about_negatives:
-            raise ValueError(
-                "With `labels`, each query is scored with its own candidate only and has no negatives. Received: "
-                f"`labels` together with {', '.join(f'`{name}`' for name in about_negatives)}. "
-                "Remove `labels`, or the arguments for negatives."
-            )
-        if differ(batch, num_candidates):
-            raise ValueError(
-                "With `labels`, each query is scored with its own candidate only. Received: "
-                f"{batch} queries and {num_candidates} candidates. Remove the extra negatives, or `labels`."
-            )
 
     def get_config(self) -> dict[str, Any]:
         """Returns the serialized arguments of the constructor."""
@@ -350,16 +290,6 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         if isinstance(config.get("loss"), dict):
             config["loss"] = keras.losses.deserialize(config["loss"])
         return cls(**config)
-
-
-_SHAPE_CURES = {
-    "labels": "Pass one label for each query.",
-    "sample_weight": "Pass one weight for each query.",
-    "candidate_ids": "Include the ids of the extra negatives.",
-    "candidate_sampling_probability": "Include the probabilities of the extra negatives.",
-    "score_mask": "Pass one bool for each pair of a query and a candidate.",
-    "candidate_mask": "Include the mask of the extra negatives.",
-}
 
 
 def _check_temperature(temperature: float | None) -> float | None:
@@ -392,22 +322,6 @@ def _check_num_hard_negatives(num_hard_negatives: int | None) -> int | None:
             f"Received: num_hard_negatives={num_hard_negatives}. Use None to keep all negatives."
         )
     return int(num_hard_negatives)
-
-
-def _to_tensor(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        raise TypeError(
-            f"`{name}` must be a single array. Received: a dict with the keys {list(value)}. Pass one of its values. "
-            "When the targets of `fit` are a dict, Keras makes `sample_weight` a dict with the same keys."
-        )
-    return ops.convert_to_tensor(value)
-
-
-def _zero_where_false(rows: Any, values: Any) -> Any:
-    """Returns `values` with 0 in the rows for which the `[num_rows]` bool `rows` is False."""
-    for _ in range(len(values.shape) - 1):
-        rows = ops.expand_dims(rows, -1)
-    return ops.where(rows, values, ops.zeros_like(values))
 
 
 def _reduced(loss: keras.losses.Loss, labels: Any, predictions: Any, sample_weight: Any, valid: Any) -> Any:

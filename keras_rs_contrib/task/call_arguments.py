@@ -1,0 +1,167 @@
+"""The arguments of a call of the task: checks of their shapes, and a batch in which padding has no values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_rs_contrib.arguments import differ
+from keras_rs_contrib.ids import to_int32
+
+
+class CallArguments(NamedTuple):
+    """The arguments of `DistributedTwoTowerTask.call`, which documents them. One that is not given is `None`."""
+
+    query_embeddings: Any
+    candidate_embeddings: Any
+    labels: Any = None
+    sample_weight: Any = None
+    candidate_ids: Any = None
+    candidate_sampling_probability: Any = None
+    score_mask: Any = None
+    candidate_mask: Any = None
+
+
+ID_ARGUMENTS = ("candidate_ids",)
+
+ARGUMENTS_FOR_NEGATIVES = ("candidate_ids", "candidate_sampling_probability", "score_mask")
+
+
+def to_tensors(arguments: CallArguments) -> CallArguments:
+    """Returns the arguments as tensors, with ids in int32, or raises `TypeError` if one of them is a dict."""
+
+    def to_tensor(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise TypeError(
+                f"`{name}` must be a single array. Received: a dict with the keys {list(value)}. Pass one of its "
+                "values. When the targets of `fit` are a dict, Keras makes `sample_weight` a dict with the same keys."
+            )
+        return ops.convert_to_tensor(to_int32(value, name) if name in ID_ARGUMENTS else value)
+
+    return CallArguments(
+        **{name: None if value is None else to_tensor(name, value) for name, value in arguments._asdict().items()}
+    )
+
+
+def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[str]) -> None:
+    """Checks that the arguments fit together.
+
+    Args:
+        arguments: tensors, which may be symbolic.
+        settings_for_negatives: names of the task's settings for negatives that differ from their defaults.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    _check_embeddings(arguments)
+    _check_shapes(arguments)
+    if arguments.labels is not None:
+        _check_labels(arguments, settings_for_negatives)
+    elif "remove_accidental_hits" in settings_for_negatives and arguments.candidate_ids is None:
+        raise ValueError(
+            "`remove_accidental_hits=True` requires the ids of the candidates. Received: candidate_ids=None. "
+            "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
+        )
+
+
+def _check_embeddings(arguments: CallArguments) -> None:
+    query_shape, candidate_shape = tuple(arguments.query_embeddings.shape), tuple(arguments.candidate_embeddings.shape)
+    if len(query_shape) not in (2, 3) or len(candidate_shape) != 2:
+        raise ValueError(
+            "`query_embeddings` must have shape `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`, "
+            "and `candidate_embeddings` must have shape `[num_candidates, embedding_dim]`. Received: shapes "
+            f"{query_shape} and {candidate_shape}. Reshape the outputs of the towers to these ranks."
+        )
+    if differ(query_shape[-1], candidate_shape[-1]):
+        raise ValueError(
+            "Both towers must return embeddings of the same dimension. Received: "
+            f"{query_shape[-1]} for the queries and {candidate_shape[-1]} for the candidates. "
+            "Project one of them, for instance with a final `keras.layers.Dense`."
+        )
+    batch, num_candidates = query_shape[0], candidate_shape[0]
+    if batch is not None and num_candidates is not None and num_candidates < batch:
+        raise ValueError(
+            "Row i of `candidate_embeddings` must be the positive candidate of query i. Received: "
+            f"{batch} queries and {num_candidates} candidates. Pass at least as many candidates as queries."
+        )
+
+
+def _check_shapes(arguments: CallArguments) -> None:
+    batch, num_candidates = arguments.query_embeddings.shape[0], arguments.candidate_embeddings.shape[0]
+    # The shape of each argument, and what to do about another one.
+    expected: dict[str, tuple[tuple[int | None, ...], str]] = {
+        "labels": ((batch,), "Pass one label for each query."),
+        "sample_weight": ((batch,), "Pass one weight for each query."),
+        "candidate_ids": ((num_candidates,), "Include the ids of the extra negatives."),
+        "candidate_sampling_probability": ((num_candidates,), "Include the probabilities of the extra negatives."),
+        "score_mask": ((batch, num_candidates), "Pass one bool for each pair of a query and a candidate."),
+        "candidate_mask": ((num_candidates,), "Include the mask of the extra negatives."),
+    }
+    for name, (shape, fix) in expected.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        received = tuple(value.shape)
+        if len(received) != len(shape) or any(map(differ, received, shape)):
+            raise ValueError(
+                f"`{name}` must have shape {shape} for {batch} queries and {num_candidates} candidates. "
+                f"Received: shape {received}. {fix}"
+            )
+
+
+def _check_labels(arguments: CallArguments, settings_for_negatives: Sequence[str]) -> None:
+    for_negatives = [name for name in ARGUMENTS_FOR_NEGATIVES if getattr(arguments, name) is not None]
+    for_negatives += settings_for_negatives
+    if for_negatives:
+        raise ValueError(
+            "With `labels`, each query is scored with its own candidate only and has no negatives. Received: "
+            f"`labels` together with {', '.join(f'`{name}`' for name in for_negatives)}. "
+            "Remove `labels`, or the arguments for negatives."
+        )
+    batch, num_candidates = arguments.query_embeddings.shape[0], arguments.candidate_embeddings.shape[0]
+    if differ(batch, num_candidates):
+        raise ValueError(
+            "With `labels`, each query is scored with its own candidate only. Received: "
+            f"{batch} queries and {num_candidates} candidates. Remove the extra negatives, or `labels`."
+        )
+
+
+def without_padding(arguments: CallArguments) -> CallArguments:
+    """Returns the arguments with 0 in the padding rows, which may hold anything: NaN would reach every gradient.
+
+    Args:
+        arguments: tensors.
+
+    Returns:
+        The arguments with a bool `candidate_mask`. Without a mask, there is no padding.
+    """
+    if arguments.candidate_mask is None:
+        return arguments
+    candidate_mask = ops.cast(arguments.candidate_mask, "bool")
+    valid = valid_queries(arguments._replace(candidate_mask=candidate_mask))
+    kept = {
+        **dict.fromkeys(("query_embeddings", "labels", "sample_weight"), valid),
+        **dict.fromkeys(("candidate_embeddings", "candidate_sampling_probability"), candidate_mask),
+    }
+    zeroed = {
+        name: zero_where_false(rows, getattr(arguments, name))
+        for name, rows in kept.items()
+        if getattr(arguments, name) is not None
+    }
+    return arguments._replace(candidate_mask=candidate_mask, **zeroed)
+
+
+def valid_queries(arguments: CallArguments) -> Any:
+    """Returns which queries are not padding, `[batch]` bool, or `None` if there is no `candidate_mask`."""
+    if arguments.candidate_mask is None:
+        return None
+    return arguments.candidate_mask[: ops.shape(arguments.query_embeddings)[0]]
+
+
+def zero_where_false(keep: Any, values: Any) -> Any:
+    """Returns `values` with 0 where `keep` is False. The shape of `keep` starts that of `values`."""
+    for _ in range(len(values.shape) - len(keep.shape)):
+        keep = ops.expand_dims(keep, -1)
+    return ops.where(keep, values, ops.zeros_like(values))
