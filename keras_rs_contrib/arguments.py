@@ -8,6 +8,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import jax
+import keras
+import numpy as np
+from keras import ops
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -32,6 +37,43 @@ def check_type(name: str, value: Any, kind: type, optional: bool = False) -> Non
 def differ(first: int | None, second: int | None) -> bool:
     """Returns whether two dimensions are known and different."""
     return first is not None and second is not None and first != second
+
+
+def known_values(array: Any) -> np.ndarray[Any, Any] | None:
+    """Returns the values of an array or a list, or `None` if they are not known.
+
+    They are not known while a function is traced for compilation, and where an array spans several processes.
+    """
+    if isinstance(array, (keras.KerasTensor, jax.core.Tracer)):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    if not ops.is_tensor(array):
+        return np.asarray(array)
+    if keras.backend.backend() != "jax" and not hasattr(array, "numpy"):
+        return None
+    values: np.ndarray[Any, Any] = ops.convert_to_numpy(array)
+    return values
+
+
+def check_sample_weight(sample_weight: Any, is_present: Any = None) -> None:
+    """Raises `ValueError` if the values of `sample_weight` are known and one of them is negative or not finite.
+
+    Args:
+        sample_weight: `[num_rows]` float weights.
+        is_present: `[num_rows]` bool; rows with False may have any weight. `None` for no such rows.
+    """
+    weights = known_values(sample_weight)
+    present = np.True_ if is_present is None else known_values(is_present)
+    if weights is None or present is None:
+        return
+    weights = weights.astype("float32")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)) & present.astype(bool))
+    if wrong.size:
+        raise ValueError(
+            "`sample_weight` must be finite and at least 0. Received: "
+            f"{weights[wrong[0]]} for row {wrong[0]}. Use 0 for a row that does not count."
+        )
 
 
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import check_positional
+from keras_rs_contrib.arguments import check_positional, known_values
 
 # The id of "no candidate", in rows with fewer candidates than columns.
 NO_CANDIDATE = -1
@@ -84,10 +83,8 @@ def to_int32(ids: Any, name: str) -> Any:
         raise TypeError(f"`{name}` must be integers. Received: dtype {dtype}. Cast the ids, or number the candidates.")
     if dtype == "int32":
         return ids
-    is_known = not isinstance(ids, keras.KerasTensor) and not isinstance(ids, jax.core.Tracer)
-    if is_known and (keras.backend.backend() == "jax" or hasattr(ids, "numpy")):
-        return check_candidate_ids(ids, name)
-    return ops.cast(ids, "int32")
+    values = known_values(ids)
+    return ops.cast(ids, "int32") if values is None else check_candidate_ids(values, name)
 
 
 class IdArguments(keras.layers.Layer):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rs_contrib.arguments import explains_keywords, positive_int
+from keras_rs_contrib.arguments import check_sample_weight, explains_keywords, positive_int
 
 
 class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
@@ -34,11 +34,12 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
             ranks: ints from `ShardedBruteForceRetrieval.ranks`, 0 for the best: `[num_queries]` for one positive per
                 query, or `[num_queries, m]` for up to m positives. A negative rank means no positive. Queries without
                 positives are not counted.
-            sample_weight: `[num_queries]` weights, 0 for padding. `None` means a weight of 1 for each query.
+            sample_weight: `[num_queries]` weights, finite and at least 0; 0 for padding. `None` means a weight of 1 for
+                each query. While compiling, the values are not checked: NaN makes the result NaN.
 
         Raises:
             TypeError: if `ranks` are not integers.
-            ValueError: if a shape is wrong.
+            ValueError: if a shape is wrong, or a weight is negative or not finite.
         """
         ranks = ops.convert_to_tensor(ranks)
         dtype = keras.backend.standardize_dtype(ranks.dtype)
@@ -65,6 +66,7 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
                     "`sample_weight` must have one weight for each query. Received: "
                     f"shape {tuple(sample_weight.shape)} for {ranks.shape[0]} queries. Pass a flat array."
                 )
+            check_sample_weight(sample_weight)
             weight = ops.multiply(weight, ops.cast(sample_weight, self.dtype))
         # The value of a query without weight may not be finite, and 0 * NaN would make the sum NaN.
         values = ops.where(ops.equal(weight, 0), 0.0, ops.cast(self.values(ranks), self.dtype))

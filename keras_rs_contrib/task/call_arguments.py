@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_rs_contrib.arguments import differ
+from keras_rs_contrib.arguments import check_sample_weight, differ
 from keras_rs_contrib.ids import to_int32
 
 
@@ -53,10 +53,12 @@ def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[s
         settings_for_negatives: names of the task's settings for negatives that differ from their defaults.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if they do not, or if values of `sample_weight` that are known are negative or not finite.
     """
     _check_embeddings(arguments)
     _check_shapes(arguments)
+    if arguments.sample_weight is not None:
+        check_sample_weight(arguments.sample_weight, valid_queries(arguments))
     if arguments.labels is not None:
         _check_labels(arguments, settings_for_negatives)
     elif "remove_accidental_hits" in settings_for_negatives and arguments.candidate_ids is None:

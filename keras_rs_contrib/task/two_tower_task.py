@@ -141,7 +141,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             candidate_embeddings: `[num_candidates, embedding_dim]` float, with `num_candidates >= batch`. Row i is the
                 positive of query i. Rows from `batch` on are extra negatives of every query.
             labels: `[batch]` float labels of a pointwise loss. They exclude the arguments for negatives.
-            sample_weight: `[batch]` float weights of the queries.
+            sample_weight: `[batch]` float weights of the queries, finite and at least 0. While a function is traced for
+                compilation, as in `fit`, the values are not known and not checked: a negative weight then raises the
+                loss of its query instead of lowering it, and NaN makes the loss NaN.
             candidate_ids: `[num_candidates]` int ids, to remove accidental hits.
             candidate_sampling_probability: `[num_candidates]` float, probability that a draw is the candidate, clipped
                 to [1e-6, 1].
@@ -154,7 +156,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
         Raises:
             TypeError: if an argument is a dict, or ids are not integers.
-            ValueError: if shapes or arguments are inconsistent.
+            ValueError: if shapes or arguments are inconsistent, or a weight is negative or not finite.
         """
         arguments = self._prepared(
             CallArguments(
