@@ -31,8 +31,12 @@ def softmax_rows(
     candidate_mask=None,
     num_hard_negatives=None,
 ):
-    """The logits of each query, its positive first, without those of excluded candidates."""
+    """The logits of each query, its positive first, without those of excluded candidates.
+
+    A sampling probability of 0 counts as one draw of the candidates that are present.
+    """
     rows = []
+    num_present = len(candidates) if candidate_mask is None else int(np.sum(candidate_mask))
     for i, query in enumerate(queries):
         positive, kept = None, []
         for j, candidate in enumerate(candidates):
@@ -40,7 +44,8 @@ def softmax_rows(
             if temperature is not None:
                 logit /= temperature
             if candidate_sampling_probability is not None:
-                logit -= math.log(min(max(float(candidate_sampling_probability[j]), 1e-6), 1.0))
+                probability = float(candidate_sampling_probability[j]) or 1 / max(num_present, 1)
+                logit -= math.log(min(max(probability, 1e-6), 1.0))
             if i == j:
                 positive = logit
                 continue

@@ -29,6 +29,10 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
     state. In training, a call first counts the candidates of the batch. The result is the probability of a single draw.
     The task needs it only up to a constant factor.
 
+    A candidate that has not occurred has the probability 0. In training, the estimate counts the batch first, so that
+    only candidates outside the batch can have it. In validation, and with `counts`, new candidates have it too. The
+    task treats 0 as unknown, so that they do not dominate the loss.
+
     The estimate is an exponential moving average of each candidate's share of the examples. The cost of a call depends
     on the batch size, not on the number of candidates: the average of a candidate decays only when the layer reads it.
     During the first `window` examples, the estimate is close to the share of all examples so far. Later, older examples
@@ -100,8 +104,8 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
             training: bool, whether to count the batch.
 
         Returns:
-            `[batch]` float32 in [0, 1]: 0 for a candidate that has not occurred yet, and NaN for an id out of range,
-            which is not counted.
+            `[batch]` float32 in [0, 1]: 0 for a candidate that has not occurred yet or has no counts, and NaN for an id
+            out of range, which is not counted.
 
         Raises:
             TypeError: if ids are not integers.

@@ -145,7 +145,8 @@ class InBatchSoftmax:
         if self.temperature is not None:
             logits = ops.divide(logits, self.temperature)
         if candidates.sampling_probability is not None:
-            logits = batch_logits.subtract_log_probability(logits, candidates.sampling_probability)
+            num_candidates = losses.count_of_valid_rows(ops.shape(logits)[1], candidates.mask)
+            logits = batch_logits.subtract_log_probability(logits, candidates.sampling_probability, num_candidates)
         if self.remove_accidental_hits:
             hits = batch_logits.accidental_hits(labels, candidates.ids, first_query)
             logits = batch_logits.mask_logits(logits, ops.logical_not(hits))

@@ -33,22 +33,32 @@ def positive_labels(logits: Any, first_query: Any = 0) -> Any:
     return ops.cast(ops.equal(queries, candidates), "float32")
 
 
-def subtract_log_probability(logits: Any, candidate_sampling_probability: Any) -> Any:
+def subtract_log_probability(logits: Any, sampling_probability: Any, num_candidates: Any) -> Any:
     """Subtracts the log sampling probability from each candidate's logit.
 
-    Formula: `logit[i, j] - log(clip(p[j], 1e-6, 1))`.
+    Formula: `logit[i, j] - log(clip(p, 1e-6, 1))`, where `p = sampling_probability[j]`, or `1 / num_candidates` if that
+    is 0.
+
+    The probability 0 means that there is no estimate, as for a candidate without training examples. It is still one of
+    the `num_candidates` draws, and with the probability `1 / num_candidates` it counts like one candidate of the
+    corpus: `mean(exp(score[i, j]) / p[j])` over the draws estimates the sum of `exp(score[i, j])` over the corpus. With
+    the lower limit, as in TFRS and Keras RS, it would count like `1e6 / num_candidates` of them.
 
     Args:
         logits: `[num_queries, num_candidates]` float32 scores.
-        candidate_sampling_probability: `[num_candidates]` float, clipped to [1e-6, 1] as in TFRS and Keras RS.
+        sampling_probability: float, broadcastable to the shape of `logits`. Positive values are clipped to [1e-6, 1] as
+            in TFRS and Keras RS.
+        num_candidates: number of candidates without padding, at least 1.
 
     Returns:
         Corrected logits, shape and dtype of `logits`.
 
     Reference: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019.
     """
-    probability = ops.clip(ops.cast(candidate_sampling_probability, "float32"), MIN_SAMPLING_PROBABILITY, 1.0)
-    return ops.subtract(logits, ops.expand_dims(ops.log(probability), 0))
+    probability = ops.cast(sampling_probability, "float32")
+    one_draw = ops.divide(1.0, ops.cast(num_candidates, "float32"))
+    probability = ops.where(ops.equal(probability, 0.0), one_draw, probability)
+    return ops.subtract(logits, ops.log(ops.clip(probability, MIN_SAMPLING_PROBABILITY, 1.0)))
 
 
 def accidental_hits(labels: Any, candidate_ids: Any, first_query: Any = 0) -> Any:

@@ -145,8 +145,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
                 compilation, as in `fit`, the values are not known and not checked: a negative weight then raises the
                 loss of its query instead of lowering it, and NaN makes the loss NaN.
             candidate_ids: `[num_candidates]` int ids, to remove accidental hits.
-            candidate_sampling_probability: `[num_candidates]` float, probability that a draw is the candidate, clipped
-                to [1e-6, 1].
+            candidate_sampling_probability: `[num_candidates]` float, probability that a draw is the candidate. Positive
+                values are clipped to [1e-6, 1]. 0 means unknown, as for a candidate without training examples: it
+                stands for one draw, `1 / n`, where n is the number of candidates of a query without padding.
             score_mask: `[batch, num_candidates]` bool; False masks the candidate for that query.
             candidate_mask: `[num_candidates]` bool; False marks padding. A padding candidate is not a negative, and the
                 query of the same row has weight 0.

@@ -8,9 +8,22 @@ def test_labels_are_diagonal_with_extra_negatives():
     np.testing.assert_array_equal(batch_logits.positive_labels(np.zeros((2, 3))), [[1, 0, 0], [0, 1, 0]])
 
 
-def test_probabilities_are_clipped_as_in_tfrs():
-    corrected = batch_logits.subtract_log_probability(np.zeros((1, 4), "float32"), np.array([0.0, 1e-9, 0.5, 2.0]))
+def test_positive_probabilities_are_clipped_as_in_tfrs():
+    probabilities = np.array([1e-30, 1e-9, 0.5, 2.0], "float32")
+    corrected = batch_logits.subtract_log_probability(np.zeros((1, 4), "float32"), probabilities, 4)
     np.testing.assert_allclose(corrected, [[-np.log(1e-6), -np.log(1e-6), np.log(2), 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_candidates", "expected"), [(1, 0.0), (4, np.log(4)), (10**9, np.log(1e6))])
+def test_probability_zero_is_that_of_one_of_the_draws(num_candidates, expected):
+    corrected = batch_logits.subtract_log_probability(np.zeros((1, 2), "float32"), np.zeros(2), num_candidates)
+    np.testing.assert_allclose(corrected, [[expected, expected]], rtol=1e-6)
+
+
+def test_probabilities_can_differ_between_queries():
+    probabilities = np.array([[0.5, 0.25], [0.0, 1.0]])
+    corrected = batch_logits.subtract_log_probability(np.zeros((2, 2), "float32"), probabilities, 8)
+    np.testing.assert_allclose(corrected, np.log([[2.0, 4.0], [8.0, 1.0]]), rtol=1e-6)
 
 
 def test_accidental_hits_are_other_candidates_with_the_positive_id():

@@ -36,8 +36,10 @@ def call_arguments(rng, names=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
     score_mask[np.arange(batch), np.arange(batch)] = True
     candidate_mask = np.ones(num_candidates, bool)
     candidate_mask[[1, num_candidates - 1]] = False
+    probability = rng.uniform(1e-3, 1, num_candidates).astype("float32")
+    probability[[2, num_candidates - 2]] = 0
     arguments = {
-        "candidate_sampling_probability": rng.uniform(1e-3, 1, num_candidates).astype("float32"),
+        "candidate_sampling_probability": probability,
         "candidate_ids": rng.integers(0, 4, num_candidates),
         "score_mask": score_mask,
         "candidate_mask": candidate_mask,
