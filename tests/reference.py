@@ -30,10 +30,11 @@ def softmax_rows(
     score_mask=None,
     candidate_mask=None,
     num_hard_negatives=None,
+    positive_ids=None,
 ):
     """The logits of each query, its positive first, without those of excluded candidates.
 
-    A sampling probability of 0 counts as one draw of the candidates that are present.
+    A sampling probability of 0 counts as one draw of the candidates that are present. -1 is the id of none.
     """
     rows = []
     num_present = len(candidates) if candidate_mask is None else int(np.sum(candidate_mask))
@@ -50,6 +51,8 @@ def softmax_rows(
                 positive = logit
                 continue
             if remove_accidental_hits and candidate_ids[i] == candidate_ids[j]:
+                continue
+            if positive_ids is not None and candidate_ids[j] != -1 and candidate_ids[j] in positive_ids[i]:
                 continue
             if score_mask is not None and not score_mask[i][j]:
                 continue
@@ -82,7 +85,8 @@ def local_softmax_loss(queries, candidates, num_parts, *, sample_weight=None, **
         own = [*range(part * size, (part + 1) * size)]
         columns = [*own, *extra]
         given = {name: np.asarray(value)[columns] for name, value in arguments.items() if name in BY_CANDIDATE}
-        settings = {name: value for name, value in arguments.items() if name not in BY_CANDIDATE}
+        given.update({name: np.asarray(value)[own] for name, value in arguments.items() if name in BY_QUERY})
+        settings = {name: value for name, value in arguments.items() if name not in given}
         if "score_mask" in settings:
             settings["score_mask"] = np.asarray(settings["score_mask"])[np.ix_(own, columns)]
         weight = None if sample_weight is None else sample_weight[own]
@@ -93,6 +97,7 @@ def local_softmax_loss(queries, candidates, num_parts, *, sample_weight=None, **
 
 
 BY_CANDIDATE = ("candidate_sampling_probability", "candidate_ids", "candidate_mask")
+BY_QUERY = ("positive_ids",)
 
 
 def squared_error_loss(

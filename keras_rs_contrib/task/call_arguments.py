@@ -22,11 +22,12 @@ class CallArguments(NamedTuple):
     candidate_sampling_probability: Any = None
     score_mask: Any = None
     candidate_mask: Any = None
+    positive_ids: Any = None
 
 
-ID_ARGUMENTS = ("candidate_ids",)
+ID_ARGUMENTS = ("candidate_ids", "positive_ids")
 
-ARGUMENTS_FOR_NEGATIVES = ("candidate_ids", "candidate_sampling_probability", "score_mask")
+ARGUMENTS_FOR_NEGATIVES = ("candidate_ids", "candidate_sampling_probability", "score_mask", "positive_ids")
 
 
 def to_tensors(arguments: CallArguments) -> CallArguments:
@@ -66,6 +67,11 @@ def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[s
             "`remove_accidental_hits=True` requires the ids of the candidates. Received: candidate_ids=None. "
             "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
         )
+    elif arguments.positive_ids is not None and arguments.candidate_ids is None:
+        raise ValueError(
+            "`positive_ids` are compared with the ids of the candidates. Received: candidate_ids=None. "
+            "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
+        )
 
 
 def _check_embeddings(arguments: CallArguments) -> None:
@@ -92,24 +98,26 @@ def _check_embeddings(arguments: CallArguments) -> None:
 
 def _check_shapes(arguments: CallArguments) -> None:
     batch, num_candidates = arguments.query_embeddings.shape[0], arguments.candidate_embeddings.shape[0]
-    # The shape of each argument, and what to do about another one.
-    expected: dict[str, tuple[tuple[int | None, ...], str]] = {
+    # The shape of each argument, in which letters stand for any size, and what to do about another shape.
+    expected: dict[str, tuple[tuple[int | str | None, ...], str]] = {
         "labels": ((batch,), "Pass one label for each query."),
         "sample_weight": ((batch,), "Pass one weight for each query."),
         "candidate_ids": ((num_candidates,), "Include the ids of the extra negatives."),
         "candidate_sampling_probability": ((num_candidates,), "Include the probabilities of the extra negatives."),
         "score_mask": ((batch, num_candidates), "Pass one bool for each pair of a query and a candidate."),
         "candidate_mask": ((num_candidates,), "Include the mask of the extra negatives."),
+        "positive_ids": ((batch, "m"), "Pass one row of ids for each query, padded with -1."),
     }
     for name, (shape, fix) in expected.items():
         value = getattr(arguments, name)
         if value is None:
             continue
         received = tuple(value.shape)
-        if len(received) != len(shape) or any(map(differ, received, shape)):
+        wanted = [None if isinstance(size, str) else size for size in shape]
+        if len(received) != len(shape) or any(map(differ, received, wanted)):
             raise ValueError(
-                f"`{name}` must have shape {shape} for {batch} queries and {num_candidates} candidates. "
-                f"Received: shape {received}. {fix}"
+                f"`{name}` must have shape [{', '.join(map(str, shape))}] for {batch} queries and {num_candidates} "
+                f"candidates. Received: shape {received}. {fix}"
             )
 
 

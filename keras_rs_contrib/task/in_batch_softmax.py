@@ -44,12 +44,14 @@ class BatchQueries(NamedTuple):
         sample_weight: `[num_queries]` float32.
         score_mask: `[num_queries, num_candidates]` bool.
         valid: `[num_queries]` bool; False marks padding.
+        positive_ids: `[num_queries, m]` int32, padded with -1.
     """
 
     embeddings: Any
     sample_weight: Any = None
     score_mask: Any = None
     valid: Any = None
+    positive_ids: Any = None
 
 
 class BatchCandidates(NamedTuple):
@@ -110,11 +112,11 @@ class InBatchSoftmax:
             that many negatives.
         """
         if self.split is None or not self.is_local:
-            return self._logits(queries, candidates)
+            return self._logits(*_with_numbers(queries, candidates))
         rows = PartitionSpec(self.split.axis)
 
         def on_replica(queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates) -> tuple[Any, Any]:
-            return self._logits(*self._own_part(queries, own, extra))
+            return self._logits(*_with_numbers(*self._own_part(queries, own, extra)))
 
         return tuple(
             jax.shard_map(
@@ -138,7 +140,10 @@ class InBatchSoftmax:
         return _compiled_total_loss(self, queries, parts)
 
     def _logits(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any = 0) -> tuple[Any, Any]:
-        """Returns logits and labels of a block of queries. The positive of row `i` is candidate `first_query + i`."""
+        """Returns logits and labels of a block of queries. The positive of row `i` is candidate `first_query + i`.
+
+        If there are `positive_ids`, all ids are numbers, as `_with_numbers` returns them.
+        """
         # The caller has already normalized both sides: here, every block would normalize all candidates again.
         logits = score_matrix(queries.embeddings, candidates.embeddings, "dot")
         labels = batch_logits.positive_labels(logits, first_query)
@@ -149,6 +154,9 @@ class InBatchSoftmax:
             logits = batch_logits.subtract_log_probability(logits, candidates.sampling_probability, num_candidates)
         if self.remove_accidental_hits:
             hits = batch_logits.accidental_hits(labels, candidates.ids, first_query)
+            logits = batch_logits.mask_logits(logits, ops.logical_not(hits))
+        if queries.positive_ids is not None:
+            hits = batch_logits.known_positives(labels, candidates.ids, queries.positive_ids)
             logits = batch_logits.mask_logits(logits, ops.logical_not(hits))
         if queries.score_mask is not None:
             logits = batch_logits.mask_logits(logits, ops.cast(queries.score_mask, "bool"))
@@ -199,6 +207,8 @@ class InBatchSoftmax:
     ) -> Any:
         """Returns the total loss of the queries, computed block by block, and optionally its gradients."""
         function = self._rows_loss_and_gradients if with_gradients else self._rows_loss
+        # Once for all blocks, because it sorts the ids of all candidates.
+        queries, candidates = _with_numbers(queries, candidates)
         num_queries = queries.embeddings.shape[0]
         num_heads = 1 if queries.embeddings.ndim == 2 else queries.embeddings.shape[1]
         logits_per_query = num_heads * candidates.embeddings.shape[0]
@@ -274,6 +284,14 @@ class InBatchSoftmax:
             # The gradients are explicit, so JAX does not need to track which values are equal on all devices.
             check_vma=False,
         )(queries, *parts)
+
+
+def _with_numbers(queries: BatchQueries, candidates: BatchCandidates) -> tuple[BatchQueries, BatchCandidates]:
+    """Returns the batch with the results of `number_ids` in place of ids, if there are `positive_ids`."""
+    if queries.positive_ids is None:
+        return queries, candidates
+    candidate_numbers, positive_numbers = batch_logits.number_ids(candidates.ids, queries.positive_ids)
+    return queries._replace(positive_ids=positive_numbers), candidates._replace(ids=candidate_numbers)
 
 
 def _own_and_extra(queries: BatchQueries, candidates: BatchCandidates) -> tuple[BatchCandidates, BatchCandidates]:

@@ -17,6 +17,7 @@ from keras_rs_contrib.ids import IdArguments
 from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
 from keras_rs_contrib.task import losses
 from keras_rs_contrib.task.call_arguments import (
+    ID_ARGUMENTS,
     CallArguments,
     check_arguments,
     to_tensors,
@@ -39,8 +40,8 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
     device.
 
     The softmax loss has the steps of TFRS in the same order: scores, `temperature`, log-q correction with
-    `candidate_sampling_probability`, accidental hits, `score_mask`, hard negatives, loss. A step is skipped if its
-    argument is not given. The default loss is the mean over the valid rows; that of TFRS is the sum.
+    `candidate_sampling_probability`, accidental hits, `positive_ids`, `score_mask`, hard negatives, loss. A step is
+    skipped if its argument is not given. The default loss is the mean over the valid rows; that of TFRS is the sum.
 
     From about 2,048 queries and 2,048 candidates per device, the default softmax loss is streamed: it processes the
     queries in blocks, computes loss and gradients together, and does not store the `[batch, num_candidates]` logits.
@@ -79,6 +80,8 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
     Reference: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019.
     """
+
+    id_arguments = ID_ARGUMENTS
 
     @explains_keywords
     def __init__(
@@ -130,6 +133,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         candidate_sampling_probability: Any = None,
         score_mask: Any = None,
         candidate_mask: Any = None,
+        positive_ids: Any = None,
     ) -> Any:
         """Computes the loss of a batch.
 
@@ -151,6 +155,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             score_mask: `[batch, num_candidates]` bool; False masks the candidate for that query.
             candidate_mask: `[num_candidates]` bool; False marks padding. A padding candidate is not a negative, and the
                 query of the same row has weight 0.
+            positive_ids: `[batch, m]` int ids of further positives of each query, such as all that a user has watched,
+                padded with -1. Candidates with these ids are not negatives of the query, in the batch and among the
+                extra negatives. Row i of the candidates stays the positive of query i. Requires `candidate_ids`.
 
         Returns:
             Scalar float32 loss, or `[batch]` float32 if `loss` has no reduction.
@@ -169,6 +176,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
                 candidate_sampling_probability=candidate_sampling_probability,
                 score_mask=score_mask,
                 candidate_mask=candidate_mask,
+                positive_ids=positive_ids,
             )
         )
         return self._in_batch_loss(arguments) if labels is None else self._pointwise_loss(arguments)
@@ -207,6 +215,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             arguments.sample_weight,
             arguments.score_mask,
             valid_queries(arguments),
+            arguments.positive_ids,
         )
         candidates = BatchCandidates(
             to_comparable(arguments.candidate_embeddings, self.similarity),

@@ -24,9 +24,17 @@ SOFTMAX_CASES = {
     "hard negatives": ({"num_hard_negatives": 2}, ()),
     "more hard negatives than candidates": ({"num_hard_negatives": 50}, ()),
     "sample weight": ({}, ("sample_weight",)),
+    "known positives": ({}, ("candidate_ids", "positive_ids")),
     "all": (
         {"similarity": "cosine", "temperature": 0.5, "num_hard_negatives": 3, "remove_accidental_hits": True},
-        ("candidate_sampling_probability", "candidate_ids", "score_mask", "candidate_mask", "sample_weight"),
+        (
+            "candidate_sampling_probability",
+            "candidate_ids",
+            "score_mask",
+            "candidate_mask",
+            "sample_weight",
+            "positive_ids",
+        ),
     ),
 }
 
@@ -44,6 +52,7 @@ def call_arguments(rng, names=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
         "score_mask": score_mask,
         "candidate_mask": candidate_mask,
         "sample_weight": rng.uniform(0, 2, batch).astype("float32"),
+        "positive_ids": rng.integers(-1, 9, (batch, 3)),
     }
     return {name: arguments[name] for name in (arguments if names is None else names)}
 
