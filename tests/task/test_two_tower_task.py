@@ -48,11 +48,11 @@ def call_arguments(rng, names=None, batch=BATCH, num_candidates=NUM_CANDIDATES):
     probability[[2, num_candidates - 2]] = 0
     arguments = {
         "candidate_sampling_probability": probability,
-        "candidate_ids": rng.integers(0, 4, num_candidates),
+        "candidate_ids": 1000 * rng.integers(0, 4, num_candidates),
         "score_mask": score_mask,
         "candidate_mask": candidate_mask,
         "sample_weight": rng.uniform(0, 2, batch).astype("float32"),
-        "positive_ids": rng.integers(-1, 9, (batch, 3)),
+        "positive_ids": np.maximum(1000 * rng.integers(-1, 9, (batch, 3)), -1),
     }
     return {name: arguments[name] for name in (arguments if names is None else names)}
 
