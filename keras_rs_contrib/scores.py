@@ -76,3 +76,23 @@ def pairwise_scores(query_embeddings: Any, candidate_embeddings: Any, similarity
     if len(queries.shape) == 2:
         return ops.sum(ops.multiply(queries, candidates), axis=-1)
     return ops.max(ops.sum(ops.multiply(queries, ops.expand_dims(candidates, 1)), axis=-1), axis=1)
+
+
+def own_scores(query_embeddings: Any, candidate_embeddings: Any, similarity: str) -> Any:
+    """Returns the score of each query with each candidate of its own row.
+
+    Formula: `scores[i, k] = q[i] · c[i, k]`; with several heads, `scores[i, k] = max over h of q[i, h] · c[i, k]`.
+
+    Args:
+        query_embeddings: `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`.
+        candidate_embeddings: `[batch, n, embedding_dim]`.
+        similarity: `"dot"` or `"cosine"`.
+
+    Returns:
+        `[batch, n]` float32.
+    """
+    queries = to_comparable(query_embeddings, similarity)
+    candidates = to_comparable(candidate_embeddings, similarity)
+    if len(queries.shape) == 2:
+        queries = ops.expand_dims(queries, 1)
+    return ops.max(ops.matmul(candidates, ops.swapaxes(queries, 1, 2)), axis=2)

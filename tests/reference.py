@@ -31,22 +31,28 @@ def softmax_rows(
     candidate_mask=None,
     num_hard_negatives=None,
     positive_ids=None,
+    negative_embeddings=None,
+    negative_ids=None,
+    negative_sampling_probability=None,
 ):
-    """The logits of each query, its positive first, without those of excluded candidates.
+    """The logits of each query, its positive first, without those of excluded candidates and negatives.
 
     A sampling probability of 0 counts as one draw of the candidates that are present. -1 is the id of none.
     """
     rows = []
     num_present = len(candidates) if candidate_mask is None else int(np.sum(candidate_mask))
+
+    def corrected(logit, probability):
+        logit /= temperature or 1.0
+        if probability is None:
+            return logit
+        return logit - math.log(min(max(float(probability) or 1 / max(num_present, 1), 1e-6), 1.0))
+
     for i, query in enumerate(queries):
         positive, kept = None, []
         for j, candidate in enumerate(candidates):
-            logit = best_head_score(query, candidate, similarity)
-            if temperature is not None:
-                logit /= temperature
-            if candidate_sampling_probability is not None:
-                probability = float(candidate_sampling_probability[j]) or 1 / max(num_present, 1)
-                logit -= math.log(min(max(probability, 1e-6), 1.0))
+            probability = None if candidate_sampling_probability is None else candidate_sampling_probability[j]
+            logit = corrected(best_head_score(query, candidate, similarity), probability)
             if i == j:
                 positive = logit
                 continue
@@ -59,6 +65,14 @@ def softmax_rows(
             if candidate_mask is not None and not candidate_mask[j]:
                 continue
             kept.append(logit)
+        for k, negative in enumerate(() if negative_embeddings is None else negative_embeddings[i]):
+            negative_id = None if negative_ids is None else negative_ids[i][k]
+            if negative_id == -1 or (remove_accidental_hits and negative_id == candidate_ids[i]):
+                continue
+            if positive_ids is not None and negative_id is not None and negative_id in positive_ids[i]:
+                continue
+            probability = None if negative_sampling_probability is None else negative_sampling_probability[i][k]
+            kept.append(corrected(best_head_score(query, negative, similarity), probability))
         kept.sort(reverse=True)
         rows.append([positive, *kept[:num_hard_negatives]])
     return rows
@@ -97,7 +111,7 @@ def local_softmax_loss(queries, candidates, num_parts, *, sample_weight=None, **
 
 
 BY_CANDIDATE = ("candidate_sampling_probability", "candidate_ids", "candidate_mask")
-BY_QUERY = ("positive_ids",)
+BY_QUERY = ("positive_ids", "negative_embeddings", "negative_ids", "negative_sampling_probability")
 
 
 def squared_error_loss(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_rs_contrib.arguments import check_sample_weight, differ
-from keras_rs_contrib.ids import to_int32
+from keras_rs_contrib.ids import NO_CANDIDATE, to_int32
 
 
 class CallArguments(NamedTuple):
@@ -23,11 +23,22 @@ class CallArguments(NamedTuple):
     score_mask: Any = None
     candidate_mask: Any = None
     positive_ids: Any = None
+    negative_embeddings: Any = None
+    negative_ids: Any = None
+    negative_sampling_probability: Any = None
 
 
-ID_ARGUMENTS = ("candidate_ids", "positive_ids")
+ID_ARGUMENTS = ("candidate_ids", "positive_ids", "negative_ids")
 
-ARGUMENTS_FOR_NEGATIVES = ("candidate_ids", "candidate_sampling_probability", "score_mask", "positive_ids")
+ARGUMENTS_FOR_NEGATIVES = (
+    "candidate_ids",
+    "candidate_sampling_probability",
+    "score_mask",
+    "positive_ids",
+    "negative_embeddings",
+    "negative_ids",
+    "negative_sampling_probability",
+)
 
 
 def to_tensors(arguments: CallArguments) -> CallArguments:
@@ -62,16 +73,29 @@ def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[s
         check_sample_weight(arguments.sample_weight, valid_queries(arguments))
     if arguments.labels is not None:
         _check_labels(arguments, settings_for_negatives)
-    elif "remove_accidental_hits" in settings_for_negatives and arguments.candidate_ids is None:
+    else:
+        _check_negatives(arguments, settings_for_negatives)
+
+
+def _check_negatives(arguments: CallArguments, settings_for_negatives: Sequence[str]) -> None:
+    if "remove_accidental_hits" in settings_for_negatives and arguments.candidate_ids is None:
         raise ValueError(
             "`remove_accidental_hits=True` requires the ids of the candidates. Received: candidate_ids=None. "
             "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
         )
-    elif arguments.positive_ids is not None and arguments.candidate_ids is None:
+    if arguments.positive_ids is not None and arguments.candidate_ids is None:
         raise ValueError(
             "`positive_ids` are compared with the ids of the candidates. Received: candidate_ids=None. "
             "Pass `candidate_ids`, one int for each row of `candidate_embeddings`."
         )
+    if arguments.negative_embeddings is not None:
+        return
+    for name in ("negative_ids", "negative_sampling_probability"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(
+                f"`{name}` describes the rows of `negative_embeddings`. Received: negative_embeddings=None. "
+                "Pass the embeddings too, or append the negatives to the candidates if all queries share them."
+            )
 
 
 def _check_embeddings(arguments: CallArguments) -> None:
@@ -98,6 +122,9 @@ def _check_embeddings(arguments: CallArguments) -> None:
 
 def _check_shapes(arguments: CallArguments) -> None:
     batch, num_candidates = arguments.query_embeddings.shape[0], arguments.candidate_embeddings.shape[0]
+    embedding_dim = arguments.query_embeddings.shape[-1]
+    negatives = arguments.negative_embeddings
+    num_own = "n" if negatives is None or len(negatives.shape) != 3 else negatives.shape[1]
     # The shape of each argument, in which letters stand for any size, and what to do about another shape.
     expected: dict[str, tuple[tuple[int | str | None, ...], str]] = {
         "labels": ((batch,), "Pass one label for each query."),
@@ -107,6 +134,9 @@ def _check_shapes(arguments: CallArguments) -> None:
         "score_mask": ((batch, num_candidates), "Pass one bool for each pair of a query and a candidate."),
         "candidate_mask": ((num_candidates,), "Include the mask of the extra negatives."),
         "positive_ids": ((batch, "m"), "Pass one row of ids for each query, padded with -1."),
+        "negative_embeddings": ((batch, "n", embedding_dim), "Pass the same number of negatives for each query."),
+        "negative_ids": ((batch, num_own), "Pass one id for each negative, or -1 for padding."),
+        "negative_sampling_probability": ((batch, num_own), "Pass one probability for each negative."),
     }
     for name, (shape, fix) in expected.items():
         value = getattr(arguments, name)
@@ -145,22 +175,32 @@ def without_padding(arguments: CallArguments) -> CallArguments:
         arguments: tensors.
 
     Returns:
-        The arguments with a bool `candidate_mask`. Without a mask, there is no padding.
+        The arguments with a bool `candidate_mask`, if there is one. `candidate_mask` marks padding, and a
+        `negative_ids` of -1.
     """
-    if arguments.candidate_mask is None:
-        return arguments
-    candidate_mask = ops.cast(arguments.candidate_mask, "bool")
-    valid = valid_queries(arguments._replace(candidate_mask=candidate_mask))
-    kept = {
-        **dict.fromkeys(("query_embeddings", "labels", "sample_weight"), valid),
-        **dict.fromkeys(("candidate_embeddings", "candidate_sampling_probability"), candidate_mask),
-    }
-    zeroed = {
-        name: zero_where_false(rows, getattr(arguments, name))
-        for name, rows in kept.items()
-        if getattr(arguments, name) is not None
-    }
-    return arguments._replace(candidate_mask=candidate_mask, **zeroed)
+    keep: dict[str, Any] = {}
+    if arguments.candidate_mask is not None:
+        arguments = arguments._replace(candidate_mask=ops.cast(arguments.candidate_mask, "bool"))
+        keep.update(dict.fromkeys(("candidate_embeddings", "candidate_sampling_probability"), arguments.candidate_mask))
+        keep.update(dict.fromkeys(("query_embeddings", "labels", "sample_weight"), valid_queries(arguments)))
+    is_negative = _present_negatives(arguments)
+    if is_negative is not None:
+        keep.update(dict.fromkeys(("negative_embeddings", "negative_sampling_probability"), is_negative))
+    zeroed = {name: zero_where_false(rows, getattr(arguments, name)) for name, rows in keep.items()}
+    return arguments._replace(**zeroed)
+
+
+def _present_negatives(arguments: CallArguments) -> Any:
+    """Returns which of the queries' own negatives are not padding, or `None` if all are present.
+
+    Returns:
+        `[batch, n]` bool, or `[batch]` if only the queries have padding.
+    """
+    valid = valid_queries(arguments)
+    if arguments.negative_ids is None:
+        return valid
+    is_negative = ops.not_equal(arguments.negative_ids, NO_CANDIDATE)
+    return is_negative if valid is None else ops.logical_and(is_negative, ops.expand_dims(valid, 1))
 
 
 def valid_queries(arguments: CallArguments) -> Any:
@@ -171,7 +211,9 @@ def valid_queries(arguments: CallArguments) -> Any:
 
 
 def zero_where_false(keep: Any, values: Any) -> Any:
-    """Returns `values` with 0 where `keep` is False. The shape of `keep` starts that of `values`."""
+    """Returns `values` with 0 where `keep` is False, which has their first dimensions; `None` stays `None`."""
+    if values is None:
+        return None
     for _ in range(len(values.shape) - len(keep.shape)):
         keep = ops.expand_dims(keep, -1)
     return ops.where(keep, values, ops.zeros_like(values))

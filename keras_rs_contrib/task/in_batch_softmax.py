@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from keras import ops
 
 from keras_rs_contrib.distribution import BatchSplit
-from keras_rs_contrib.scores import score_matrix
+from keras_rs_contrib.scores import own_scores, score_matrix
 from keras_rs_contrib.task import logits as batch_logits
 from keras_rs_contrib.task import losses
 
@@ -45,6 +45,9 @@ class BatchQueries(NamedTuple):
         score_mask: `[num_queries, num_candidates]` bool.
         valid: `[num_queries]` bool; False marks padding.
         positive_ids: `[num_queries, m]` int32, padded with -1.
+        negative_embeddings: `[num_queries, n, embedding_dim]` float32, the negatives of each query alone.
+        negative_sampling_probability: `[num_queries, n]` float32.
+        negative_mask: `[num_queries, n]` bool; False marks padding and positives.
     """
 
     embeddings: Any
@@ -52,6 +55,14 @@ class BatchQueries(NamedTuple):
     score_mask: Any = None
     valid: Any = None
     positive_ids: Any = None
+    negative_embeddings: Any = None
+    negative_sampling_probability: Any = None
+    negative_mask: Any = None
+
+    @property
+    def num_own_negatives(self) -> int:
+        """The number of negatives that each query has for itself."""
+        return 0 if self.negative_embeddings is None else int(self.negative_embeddings.shape[1])
 
 
 class BatchCandidates(NamedTuple):
@@ -68,6 +79,11 @@ class BatchCandidates(NamedTuple):
     sampling_probability: Any = None
     ids: Any = None
     mask: Any = None
+
+    @property
+    def num_present(self) -> Any:
+        """The number of candidates without padding, scalar float32, at least 1."""
+        return losses.count_of_valid_rows(ops.shape(self.embeddings)[0], self.mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,25 +107,27 @@ class InBatchSoftmax:
     is_local: bool = False
     block_logits: int = dataclasses.field(default_factory=lambda: BLOCK_LOGITS)
 
-    def streams(self, num_queries: Any, num_candidates: Any) -> bool:
+    def streams(self, queries: BatchQueries, candidates: BatchCandidates) -> bool:
         """Returns whether the batch is large enough for streaming to be faster.
 
         Returns False on backends other than JAX, and for unknown sizes, as in symbolic tracing by Keras.
         """
+        num_queries, num_candidates = queries.embeddings.shape[0], candidates.embeddings.shape[0]
         if keras.backend.backend() != "jax" or not isinstance(num_queries, int) or not isinstance(num_candidates, int):
             return False
         num_parts = 1 if self.split is None else self.split.num_replicas
         if self.split is not None and self.is_local:
             num_candidates -= num_queries - num_queries // num_parts
-        return bool(num_queries // num_parts * num_candidates >= MIN_STREAMED_LOGITS)
+        num_logits = num_candidates + queries.num_own_negatives
+        return bool(num_queries // num_parts * num_logits >= MIN_STREAMED_LOGITS)
 
     def logits(self, queries: BatchQueries, candidates: BatchCandidates) -> tuple[Any, Any]:
         """Returns the full logit matrix of a batch and its one-hot labels.
 
         Returns:
-            Logits and labels, both `[num_queries, num_candidates]` float32. Local negatives leave one column for each
-            candidate of the query's part and for each extra negative. `num_hard_negatives` leaves the positive and
-            that many negatives.
+            Logits and labels, both `[num_queries, num_candidates + n]` float32, the query's own negatives last. Local
+            negatives leave one column for each candidate of the query's part, for each extra negative and for each own
+            negative. `num_hard_negatives` leaves the positive and that many negatives.
         """
         if self.split is None or not self.is_local:
             return self._logits(*_with_numbers(queries, candidates))
@@ -144,14 +162,25 @@ class InBatchSoftmax:
 
         If there are `positive_ids`, all ids are numbers, as `_with_numbers` returns them.
         """
+        logits, labels = self._candidate_logits(queries, candidates, first_query)
+        if queries.negative_embeddings is not None:
+            own = self._own_negative_logits(queries, candidates)
+            logits = ops.concatenate([logits, own], axis=1)
+            labels = ops.concatenate([labels, ops.zeros_like(own)], axis=1)
+        if self.num_hard_negatives is not None:
+            logits, labels = batch_logits.hardest_negatives(logits, labels, self.num_hard_negatives)
+        return logits, labels
+
+    def _candidate_logits(
+        self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any
+    ) -> tuple[Any, Any]:
         # The caller has already normalized both sides: here, every block would normalize all candidates again.
-        logits = score_matrix(queries.embeddings, candidates.embeddings, "dot")
+        logits = self._scaled(score_matrix(queries.embeddings, candidates.embeddings, "dot"))
         labels = batch_logits.positive_labels(logits, first_query)
-        if self.temperature is not None:
-            logits = ops.divide(logits, self.temperature)
         if candidates.sampling_probability is not None:
-            num_candidates = losses.count_of_valid_rows(ops.shape(logits)[1], candidates.mask)
-            logits = batch_logits.subtract_log_probability(logits, candidates.sampling_probability, num_candidates)
+            logits = batch_logits.subtract_log_probability(
+                logits, candidates.sampling_probability, candidates.num_present
+            )
         if self.remove_accidental_hits:
             hits = batch_logits.accidental_hits(labels, candidates.ids, first_query)
             logits = batch_logits.mask_logits(logits, ops.logical_not(hits))
@@ -162,9 +191,20 @@ class InBatchSoftmax:
             logits = batch_logits.mask_logits(logits, ops.cast(queries.score_mask, "bool"))
         if candidates.mask is not None:
             logits = batch_logits.mask_logits(logits, ops.expand_dims(candidates.mask, 0))
-        if self.num_hard_negatives is not None:
-            logits, labels = batch_logits.hardest_negatives(logits, labels, self.num_hard_negatives)
         return logits, labels
+
+    def _own_negative_logits(self, queries: BatchQueries, candidates: BatchCandidates) -> Any:
+        logits = self._scaled(own_scores(queries.embeddings, queries.negative_embeddings, "dot"))
+        if queries.negative_sampling_probability is not None:
+            logits = batch_logits.subtract_log_probability(
+                logits, queries.negative_sampling_probability, candidates.num_present
+            )
+        if queries.negative_mask is not None:
+            logits = batch_logits.mask_logits(logits, queries.negative_mask)
+        return logits
+
+    def _scaled(self, scores: Any) -> Any:
+        return scores if self.temperature is None else ops.divide(scores, self.temperature)
 
     def _own_part(
         self, queries: BatchQueries, own: BatchCandidates, extra: BatchCandidates
@@ -185,22 +225,18 @@ class InBatchSoftmax:
         return losses.sum_over_valid_rows(values, queries.sample_weight, queries.valid)
 
     def _rows_loss_and_gradients(self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any) -> Any:
-        def logits_of(query_embeddings: Any, candidate_embeddings: Any, sampling_probability: Any) -> Any:
-            return self._logits(
-                queries._replace(embeddings=query_embeddings),
-                candidates._replace(embeddings=candidate_embeddings, sampling_probability=sampling_probability),
-                first_query,
-            )
+        def logits_of(of_queries: BatchQueries, of_candidates: BatchCandidates) -> Any:
+            return self._logits(_with(queries, of_queries), _with(candidates, of_candidates), first_query)
 
-        logits, pull_back, labels = jax.vjp(logits_of, queries.embeddings, *candidates[:2], has_aux=True)
+        logits, pull_back, labels = jax.vjp(logits_of, *_differentiable(queries, candidates), has_aux=True)
         values, of_logits = losses.softmax_cross_entropy_and_gradient(labels, logits)
 
         def total(values: Any, sample_weight: Any) -> Any:
             return losses.sum_over_valid_rows(values, sample_weight, queries.valid)
 
         result, (of_values, of_weight) = jax.value_and_grad(total, argnums=(0, 1))(values, queries.sample_weight)
-        of_queries, *of_candidates = pull_back(of_logits * of_values[:, None])
-        return result, (BatchQueries(of_queries, of_weight), BatchCandidates(*of_candidates))
+        of_queries, of_candidates = pull_back(of_logits * of_values[:, None])
+        return result, (of_queries._replace(sample_weight=of_weight), of_candidates)
 
     def _in_blocks(
         self, queries: BatchQueries, candidates: BatchCandidates, first_query: Any, with_gradients: bool
@@ -211,7 +247,7 @@ class InBatchSoftmax:
         queries, candidates = _with_numbers(queries, candidates)
         num_queries = queries.embeddings.shape[0]
         num_heads = 1 if queries.embeddings.ndim == 2 else queries.embeddings.shape[1]
-        logits_per_query = num_heads * candidates.embeddings.shape[0]
+        logits_per_query = num_heads * (candidates.embeddings.shape[0] + queries.num_own_negatives)
         num_blocks = -(-num_queries // max(self.block_logits // logits_per_query, MIN_BLOCK_QUERIES))
         if num_blocks <= 1:
             return function(queries, candidates, first_query)
@@ -240,8 +276,7 @@ class InBatchSoftmax:
 
         zero: Any = jnp.zeros((), "float32")
         if with_gradients:
-            numbers = BatchQueries(*queries[:2]), BatchCandidates(*candidates[:2])
-            zero = zero, jax.tree.map(jnp.zeros_like, numbers)
+            zero = zero, jax.tree.map(jnp.zeros_like, _differentiable(queries, candidates))
         return lax.scan(step, zero, jnp.arange(num_blocks))[0]
 
     def _on_replicas(self, queries: BatchQueries, parts: tuple[BatchCandidates, ...], with_gradients: bool) -> Any:
@@ -284,6 +319,24 @@ class InBatchSoftmax:
             # The gradients are explicit, so JAX does not need to track which values are equal on all devices.
             check_vma=False,
         )(queries, *parts)
+
+
+def _differentiable(queries: BatchQueries, candidates: BatchCandidates) -> tuple[BatchQueries, BatchCandidates]:
+    """Returns the fields that have gradients."""
+    return (
+        BatchQueries(
+            queries.embeddings,
+            sample_weight=queries.sample_weight,
+            negative_embeddings=queries.negative_embeddings,
+            negative_sampling_probability=queries.negative_sampling_probability,
+        ),
+        BatchCandidates(candidates.embeddings, sampling_probability=candidates.sampling_probability),
+    )
+
+
+def _with(whole: Any, part: Any) -> Any:
+    """Returns a named tuple with the fields that another one has."""
+    return whole._replace(**{name: value for name, value in part._asdict().items() if value is not None})
 
 
 def _with_numbers(queries: BatchQueries, candidates: BatchCandidates) -> tuple[BatchQueries, BatchCandidates]:

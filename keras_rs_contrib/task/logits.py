@@ -131,6 +131,33 @@ def known_positives(labels: Any, candidate_numbers: Any, positive_numbers: Any) 
     return ops.logical_and(ops.take(is_listed, candidate_numbers, axis=1), ops.equal(labels, 0.0))
 
 
+def true_negatives(negative_ids: Any, own_ids: Any = None, positive_ids: Any = None) -> Any:
+    """Returns which of each query's own negatives are candidates, and none of its positives.
+
+    Formula: `(negative_ids[i, k] not in (-1, own_ids[i])) and (negative_ids[i, k] not in positive_ids[i])`.
+
+    Args:
+        negative_ids: `[num_queries, n]` int32, padded with -1.
+        own_ids: `[num_queries]` int32 ids of the positives, or `None` not to compare with them.
+        positive_ids: `[num_queries, m]` int32 ids of further positives, or `None`.
+
+    Returns:
+        `[num_queries, n]` bool.
+    """
+    keep = ops.not_equal(negative_ids, NO_CANDIDATE)
+    if own_ids is not None:
+        keep = ops.logical_and(keep, ops.not_equal(negative_ids, ops.expand_dims(own_ids, 1)))
+    if positive_ids is None:
+        return keep
+
+    def is_positive(column: Any) -> Any:
+        return ops.any(ops.equal(ops.expand_dims(column, 1), positive_ids), axis=1)
+
+    # One column after the other: at once, XLA on a CPU stores all `num_queries * n * m` comparisons.
+    positives = ops.map(is_positive, ops.transpose(negative_ids))
+    return ops.logical_and(keep, ops.logical_not(ops.transpose(positives)))
+
+
 def mask_logits(logits: Any, keep: Any) -> Any:
     """Sets the logits to `MASKED` where `keep` is False.
 

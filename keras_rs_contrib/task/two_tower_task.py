@@ -15,6 +15,7 @@ from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import batch_split, num_replicas
 from keras_rs_contrib.ids import IdArguments
 from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
+from keras_rs_contrib.task import logits as batch_logits
 from keras_rs_contrib.task import losses
 from keras_rs_contrib.task.call_arguments import (
     ID_ARGUMENTS,
@@ -62,8 +63,8 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             the batch, and the negatives of a query are the candidates of its part and the extra negatives. Without
             extra negatives, only the loss travels between devices; with them, each transfer is at most one replica's
             share of the candidates. The number of replicas must divide the batch size. A custom `loss` gets labels and
-            logits of shape `[batch, batch / num_replicas + num_extra_negatives]`. On one device, both settings are the
-            same.
+            logits with a column for each candidate of the part, each extra negative and each of `negative_embeddings`.
+            On one device, both settings are the same.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
@@ -134,6 +135,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         score_mask: Any = None,
         candidate_mask: Any = None,
         positive_ids: Any = None,
+        negative_embeddings: Any = None,
+        negative_ids: Any = None,
+        negative_sampling_probability: Any = None,
     ) -> Any:
         """Computes the loss of a batch.
 
@@ -158,6 +162,13 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             positive_ids: `[batch, m]` int ids of further positives of each query, such as all that a user has watched,
                 padded with -1. Candidates with these ids are not negatives of the query, in the batch and among the
                 extra negatives. Row i of the candidates stays the positive of query i. Requires `candidate_ids`.
+            negative_embeddings: `[batch, n, embedding_dim]` float, more negatives for each query alone, such as hard
+                negatives that were mined for it.
+            negative_ids: `[batch, n]` int ids of `negative_embeddings`, padded with -1. They make sure that a negative
+                is none of `positive_ids`, and, with `remove_accidental_hits`, not the positive.
+            negative_sampling_probability: `[batch, n]` float, as `candidate_sampling_probability`. `None` corrects none
+                of these negatives: if the candidates of the batch are corrected, they count far more. 0 lets a
+                negative count like one candidate of the corpus.
 
         Returns:
             Scalar float32 loss, or `[batch]` float32 if `loss` has no reduction.
@@ -177,6 +188,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
                 score_mask=score_mask,
                 candidate_mask=candidate_mask,
                 positive_ids=positive_ids,
+                negative_embeddings=negative_embeddings,
+                negative_ids=negative_ids,
+                negative_sampling_probability=negative_sampling_probability,
             )
         )
         return self._in_batch_loss(arguments) if labels is None else self._pointwise_loss(arguments)
@@ -195,12 +209,13 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             labels=to_float32(arguments.labels),
             sample_weight=to_float32(arguments.sample_weight),
             candidate_sampling_probability=to_float32(arguments.candidate_sampling_probability),
+            negative_sampling_probability=to_float32(arguments.negative_sampling_probability),
         )
 
     def _in_batch_loss(self, arguments: CallArguments) -> Any:
         softmax, queries, candidates = self._in_batch_softmax(arguments)
         num_queries = queries.embeddings.shape[0]
-        if self.loss is None and softmax.streams(num_queries, candidates.embeddings.shape[0]):
+        if self.loss is None and softmax.streams(queries, candidates):
             count = losses.count_of_valid_rows(num_queries, queries.valid)
             return ops.divide(softmax.total_loss(queries, candidates), count)
         logits, one_hot = softmax.logits(queries, candidates)
@@ -212,16 +227,22 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
     def _in_batch_softmax(self, arguments: CallArguments) -> tuple[InBatchSoftmax, BatchQueries, BatchCandidates]:
         queries = BatchQueries(
             to_comparable(arguments.query_embeddings, self.similarity),
-            arguments.sample_weight,
-            arguments.score_mask,
-            valid_queries(arguments),
-            arguments.positive_ids,
+            sample_weight=arguments.sample_weight,
+            score_mask=arguments.score_mask,
+            valid=valid_queries(arguments),
+            positive_ids=arguments.positive_ids,
         )
+        if arguments.negative_embeddings is not None:
+            queries = queries._replace(
+                negative_embeddings=to_comparable(arguments.negative_embeddings, self.similarity),
+                negative_sampling_probability=arguments.negative_sampling_probability,
+                negative_mask=self._negative_mask(arguments),
+            )
         candidates = BatchCandidates(
             to_comparable(arguments.candidate_embeddings, self.similarity),
-            arguments.candidate_sampling_probability,
-            arguments.candidate_ids,
-            arguments.candidate_mask,
+            sampling_probability=arguments.candidate_sampling_probability,
+            ids=arguments.candidate_ids,
+            mask=arguments.candidate_mask,
         )
         num_queries = queries.embeddings.shape[0]
         softmax = InBatchSoftmax(
@@ -233,6 +254,14 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             is_local=self.negatives == "local",
         )
         return softmax, queries, candidates
+
+    def _negative_mask(self, arguments: CallArguments) -> Any:
+        if arguments.negative_ids is None:
+            return None
+        own_ids = None
+        if self.remove_accidental_hits:
+            own_ids = arguments.candidate_ids[: ops.shape(arguments.query_embeddings)[0]]
+        return batch_logits.true_negatives(arguments.negative_ids, own_ids, arguments.positive_ids)
 
     def _pointwise_loss(self, arguments: CallArguments) -> Any:
         scores = pairwise_scores(arguments.query_embeddings, arguments.candidate_embeddings, self.similarity)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import data_parallel, model_parallel
-from test_two_tower_task import SOFTMAX_CASES, call_arguments, embeddings, loss_and_gradients
+from softmax_cases import SOFTMAX_CASES, call_arguments, embeddings, loss_and_gradients
 
 from keras_rs_contrib import DistributedTwoTowerTask
 from keras_rs_contrib.task import in_batch_softmax

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import data_parallel
-from test_two_tower_task import BATCH, NUM_CANDIDATES, embeddings
+from softmax_cases import BATCH, NUM_CANDIDATES, embeddings
 
 from keras_rs_contrib import DistributedTwoTowerTask, MeanReciprocalRank, NDCGAtK, RecallAtK
 

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from test_two_tower_task import embeddings, loss_and_gradients
+from softmax_cases import embeddings, loss_and_gradients
 
 from keras_rs_contrib import CrossBatchMemory, DistributedTwoTowerTask, MixedNegatives, StreamingSamplingProbability
 from keras_rs_contrib.task import in_batch_softmax
