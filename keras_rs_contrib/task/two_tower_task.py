@@ -195,6 +195,45 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         )
         return self._in_batch_loss(arguments) if labels is None else self._pointwise_loss(arguments)
 
+    def labels_and_logits(self, query_embeddings: Any, candidate_embeddings: Any, **arguments: Any) -> tuple[Any, Any]:
+        """Returns the labels and logits of a batch, for in-batch metrics such as the `batch_metrics` of TFRS.
+
+        The logits are those that the loss gets, after all steps from `temperature` to hard negatives. They are stored
+        as a whole, even if the loss is streamed. Padding queries have rows too: pass `candidate_mask[:batch]` to the
+        metric as `sample_weight`.
+
+        Args:
+            query_embeddings: as in a call.
+            candidate_embeddings: as in a call.
+            **arguments: the other arguments of a call, except `labels`. `sample_weight` has no effect.
+
+        Returns:
+            One-hot labels and logits, both `[batch, num_candidates + n]` float32, with a column for each candidate and
+            each of `negative_embeddings`. Masked logits are about -3.4e36. With `num_hard_negatives`, the columns are
+            the positive and that many negatives. With local negatives, the candidates are those of the query's part of
+            the batch and the extra negatives.
+
+        Raises:
+            TypeError: as in a call.
+            ValueError: as in a call, and if `labels` are given.
+
+        Example:
+        ```python
+        task, metric = DistributedTwoTowerTask(), keras.metrics.TopKCategoricalAccuracy(k=2)
+        query_embeddings, candidate_embeddings = keras.random.normal((4, 8)), keras.random.normal((4, 8))
+        metric.update_state(*task.labels_and_logits(query_embeddings, candidate_embeddings))
+        ```
+        """
+        if arguments.get("labels") is not None:
+            raise ValueError(
+                "`labels_and_logits` returns the one-hot labels of the in-batch softmax. Received: `labels`. "
+                "Remove them: with labels of their own, pairs have scores and no logits."
+            )
+        prepared = self._prepared(CallArguments(query_embeddings, candidate_embeddings, **arguments))
+        softmax, queries, candidates = self._in_batch_softmax(prepared)
+        logits, labels = softmax.logits(queries, candidates)
+        return labels, logits
+
     def _prepared(self, arguments: CallArguments) -> CallArguments:
         """Returns the arguments as tensors, checked, with 0 in padding rows."""
         arguments = to_tensors(arguments)
