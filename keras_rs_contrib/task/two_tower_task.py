@@ -214,7 +214,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             the batch and the extra negatives.
 
         Raises:
-            TypeError: as in a call.
+            TypeError: as in a call, and for symbolic tensors.
             ValueError: as in a call, and if `labels` are given.
 
         Example:
@@ -228,6 +228,11 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
             raise ValueError(
                 "`labels_and_logits` returns the one-hot labels of the in-batch softmax. Received: `labels`. "
                 "Remove them: with labels of their own, pairs have scores and no logits."
+            )
+        if isinstance(query_embeddings, keras.KerasTensor) or isinstance(candidate_embeddings, keras.KerasTensor):
+            raise TypeError(
+                "`labels_and_logits` computes with arrays. Received: symbolic tensors of a functional model. "
+                "Call it in `compute_metrics` of a subclass of `keras.Model`."
             )
         prepared = self._prepared(CallArguments(query_embeddings, candidate_embeddings, **arguments))
         softmax, queries, candidates = self._in_batch_softmax(prepared)

@@ -149,3 +149,8 @@ def test_the_example_of_the_docstring_runs():
 def test_invalid_arguments_raise(rng, arguments, error, words):
     with pytest.raises(error, match=words):
         DistributedTwoTowerTask().labels_and_logits(*embeddings(rng, num_candidates=BATCH), **arguments)
+
+
+def test_symbolic_tensors_raise():
+    with pytest.raises(TypeError, match="symbolic tensors of a functional model.*`compute_metrics`"):
+        DistributedTwoTowerTask().labels_and_logits(keras.Input((4,)), keras.Input((4,)))
