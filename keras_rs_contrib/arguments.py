@@ -61,14 +61,17 @@ def check_sample_weight(sample_weight: Any, is_present: Any = None) -> None:
 
     Args:
         sample_weight: `[num_rows]` float weights.
-        is_present: `[num_rows]` bool; rows with False may have any weight. `None` for no such rows.
+        is_present: bool, with a value for each row, which further values may follow; rows with False may have any
+            weight. `None` for no such rows.
     """
     weights = known_values(sample_weight)
-    present = np.True_ if is_present is None else known_values(is_present)
-    if weights is None or present is None:
+    if weights is None:
         return
-    weights = weights.astype("float32")
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)) & present.astype(bool))
+    present = np.ones(len(weights)) if is_present is None else known_values(is_present)
+    if present is None:
+        return
+    weights, present = weights.astype("float32"), present[: len(weights)].astype(bool)
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)) & present)
     if wrong.size:
         raise ValueError(
             "`sample_weight` must be finite and at least 0. Received: "

@@ -70,7 +70,7 @@ def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[s
     _check_embeddings(arguments)
     _check_shapes(arguments)
     if arguments.sample_weight is not None:
-        check_sample_weight(arguments.sample_weight, valid_queries(arguments))
+        check_sample_weight(arguments.sample_weight, arguments.candidate_mask)
     if arguments.labels is not None:
         _check_labels(arguments, settings_for_negatives)
     else:

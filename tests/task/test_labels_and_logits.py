@@ -152,5 +152,5 @@ def test_invalid_arguments_raise(rng, arguments, error, words):
 
 
 def test_symbolic_tensors_raise():
-    with pytest.raises(TypeError, match="symbolic tensors of a functional model.*`compute_metrics`"):
+    with pytest.raises(TypeError, match=r"symbolic tensors of a functional model.*`compute_metrics`"):
         DistributedTwoTowerTask().labels_and_logits(keras.Input((4,)), keras.Input((4,)))
