@@ -90,7 +90,8 @@ def to_int32(ids: Any, name: str) -> Any:
 class IdArguments(keras.layers.Layer):  # type: ignore[misc]
     """A layer that checks the ids passed to `call` before Keras converts them to int32.
 
-    Keras and JAX silently wrap wider integers: 2**32 + 5 would become the id 5.
+    Keras and JAX silently wrap wider integers: 2**32 + 5 would become the id 5. If `call` has keyword-only arguments,
+    the error about too many arguments by position names them.
 
     Attributes:
         id_arguments: names of the arguments of `call` that contain ids.

@@ -35,10 +35,10 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
     """The retrieval task of a two-tower model, a drop-in counterpart of `tfrs.tasks.Retrieval`.
 
     The layer has no towers and no weights. Row i of the query embeddings and row i of the candidate embeddings are a
-    positive pair. Without `labels`, the loss is an in-batch softmax: all other candidates are negatives. With `labels`,
-    the loss compares each pair's score with its label. Under a `keras.distribution`, the batch is the global batch: a
-    query on one device has the candidates of all devices as negatives, and loss and gradients equal those of a single
-    device.
+    positive pair. Without `labels`, the loss is an in-batch softmax: all other candidates are negatives, except known
+    positives (`positive_ids`), and a query can have negatives of its own (`negative_embeddings`). With `labels`, the
+    loss compares each pair's score with its label. Under a `keras.distribution`, the batch is the global batch: a query
+    on one device has the candidates of all devices as negatives, and loss and gradients equal those of a single device.
 
     The softmax loss has the steps of TFRS in the same order: scores, `temperature`, log-q correction with
     `candidate_sampling_probability`, accidental hits, `positive_ids`, `score_mask`, hard negatives, loss. A step is
