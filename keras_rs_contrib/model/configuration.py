@@ -16,9 +16,7 @@ from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
-from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
-from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 from keras_rs_contrib.tables.row_variable import check_optimizer
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
@@ -34,41 +32,48 @@ def check_task(task: DistributedTwoTowerTask) -> None:
         )
 
 
-def check_needs(
-    task: DistributedTwoTowerTask,
-    label: str | None,
-    candidate_id: str | None,
-    sampling_probability: StreamingSamplingProbability | None,
-    mixed_negatives: MixedNegatives | None,
-    cross_batch_memory: CrossBatchMemory | None,
-) -> None:
-    """Raises `ValueError` if a model with labels has options for negatives, or an option needs candidate ids."""
+def check_needs(model: Any) -> None:
+    """Raises `ValueError` if a model with labels has options for negatives, or an option lacks what it needs.
+
+    Args:
+        model: a two-tower model whose options are set.
+    """
+    task = model.task
     need_ids = {
-        "sampling_probability": sampling_probability is not None,
-        "mixed_negatives": mixed_negatives is not None,
-        "cross_batch_memory": cross_batch_memory is not None,
-        "remove_accidental_hits": task.remove_accidental_hits,
+        name: getattr(model, name) is not None
+        for name in ("sampling_probability", "mixed_negatives", "cross_batch_memory", "positive_feature")
     }
+    need_ids["remove_accidental_hits"] = task.remove_accidental_hits
     need_negatives = {
         **need_ids,
+        "negative_feature": model.negative_feature is not None,
         "num_hard_negatives": task.num_hard_negatives is not None,
         "negatives": task.negatives != "global",
     }
     about_negatives = [name for name, given in need_negatives.items() if given]
-    if label is not None and about_negatives:
+    if model.label is not None and about_negatives:
         raise ValueError(
             "With `label`, each query scores only its own candidate: there are no negatives. Received: `label` "
             f"together with {', '.join(f'`{name}`' for name in about_negatives)}. Drop `label` or the other arguments."
         )
-    if mixed_negatives is not None and sampling_probability is not None:
+    if model.mixed_negatives is not None and model.sampling_probability is not None:
         raise ValueError(
             "`mixed_negatives` has its own `StreamingSamplingProbability`, which replaces that of the model. "
             "Received: `mixed_negatives` and `sampling_probability`. Drop `sampling_probability`."
         )
-    if candidate_id is not None:
-        return
+    if model.negative_feature is None and model.negative_probability_feature is not None:
+        raise ValueError(
+            "`negative_probability_feature` holds the probabilities of `negative_feature`. Received: "
+            "negative_feature=None. Name the feature that holds the negatives."
+        )
+    if model.negative_feature is not None and model.candidate_features != model.candidate_id:
+        raise ValueError(
+            "`negative_feature` holds ids, which must be the only feature of the candidate tower. Received: "
+            f"candidate_features={model.candidate_features!r} and candidate_id={model.candidate_id!r}. Let the tower "
+            "look up the other features by id, in a table of the corpus."
+        )
     needs = [name for name, given in need_ids.items() if given]
-    if needs:
+    if model.candidate_id is None and needs:
         raise ValueError(
             f"`{needs[0]}` needs candidate ids. Received: candidate_id=None. "
             "Set `candidate_id` to the name of the feature that holds the ids."
@@ -125,6 +130,24 @@ def feature_of_ids(
             "candidate_id=None. Set `candidate_id` to that name."
         )
     return candidate_features
+
+
+def metrics_of_batch(metrics: Any, label: str | None) -> list[keras.metrics.Metric]:
+    """Returns the metrics of the logits of a batch as a list, or raises an error if they are none."""
+    result: list[keras.metrics.Metric] = [metrics] if isinstance(metrics, keras.metrics.Metric) else list(metrics)
+    for metric in result:
+        check_type("batch_metrics", metric, keras.metrics.Metric)
+        if isinstance(metric, RankMetric):
+            raise TypeError(
+                "`batch_metrics` compare one-hot labels with logits. Received: a rank metric. "
+                "Pass it to the model as `corpus_metrics`."
+            )
+    if result and label is not None:
+        raise ValueError(
+            "`batch_metrics` are metrics of the in-batch softmax. Received: `label`. "
+            "Pass metrics of labels and scores to `compile`."
+        )
+    return result
 
 
 def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[RankMetric]:

@@ -92,8 +92,8 @@ def check_range(batch: int, feature: str, values: Any, dtype: Any = None) -> Non
     )
 
 
-def check_excluded(batch: int, feature: str, values: Any) -> None:
-    """Raises an error if excluded ids are not integers (`TypeError`), or exceed int32 (`ValueError`).
+def check_rows_of_ids(batch: int, feature: str, values: Any) -> None:
+    """Raises an error if rows of ids are not integers (`TypeError`), not rows, or exceed int32 (`ValueError`).
 
     Args:
         batch: the number of the batch, for the error.
@@ -103,8 +103,13 @@ def check_excluded(batch: int, feature: str, values: Any) -> None:
     values = np.asarray(values)
     if values.size and values.dtype.kind not in "iu":
         raise TypeError(
-            f"The feature {feature!r} must hold excluded ids, as integers. Received: dtype {values.dtype} in batch "
-            f"{batch}. Number the candidates first."
+            f"The feature {feature!r} must hold ids, as integers. Received: dtype {values.dtype} in batch {batch}. "
+            "Number the candidates first."
+        )
+    if values.ndim != 2:
+        raise ValueError(
+            f"The feature {feature!r} must hold a row of ids for each query, padded with -1. Received: shape "
+            f"{values.shape} in batch {batch}. Create the rows with `group_candidate_ids`."
         )
     check_range(batch, feature, values, np.int32)
 

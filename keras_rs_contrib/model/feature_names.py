@@ -17,6 +17,9 @@ class FeatureNames:
         candidate_id: the feature with the ids of candidates, or `None`.
         label: the feature with labels, or `None`.
         exclude: the feature with excluded ids, or `None`.
+        positives: the feature with further positives of queries, or `None`.
+        negatives: the feature with negatives of each query alone, or `None`.
+        negative_probability: the feature with their sampling probabilities, or `None`.
         positive_weight: the feature with the weights of positives in rank metrics, or `None`.
     """
 
@@ -25,6 +28,9 @@ class FeatureNames:
     candidate_id: str | None = None
     label: str | None = None
     exclude: str | None = None
+    positives: str | None = None
+    negatives: str | None = None
+    negative_probability: str | None = None
     positive_weight: str | None = None
 
     @property
@@ -53,7 +59,8 @@ class FeatureNames:
     @property
     def optional(self) -> list[str]:
         """The features that a batch may hold."""
-        return [name for name in (self.exclude,) if name is not None]
+        names = (self.exclude, self.positives, self.negatives, self.negative_probability)
+        return [name for name in dict.fromkeys(names) if name is not None]
 
     def are_candidates_in(self, features: dict[str, Any]) -> bool:
         """Returns whether a batch has the features of the candidate tower, or only those of the query tower.

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import batches, columns
+from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model import feature_checks
 from keras_rs_contrib.model.feature_checks import AllowedIds
@@ -120,7 +121,7 @@ class ModelInputs:
         needed = self.names.needed(queries_only, y)
         self.names.check(x, needed)
         if queries_only:
-            x = {name: x[name] for name in [*needed, *self.names.optional] if name in x}
+            x = {name: x[name] for name in [*needed, self.names.exclude] if name in x}
         x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only)
         if not queries_only:
             self.names.labels(x, y)
@@ -129,9 +130,7 @@ class ModelInputs:
             batches.batch_length((x, y, sample_weight))
             features = {name: x[name] for name in needed}
             self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
-            for name in self.names.optional:
-                if name in x:
-                    feature_checks.check_excluded(number, name, x[name])
+            self._check_optional(number, x)
         return x, y, sample_weight
 
     def _check_values(
@@ -158,6 +157,22 @@ class ModelInputs:
             feature_checks.check_range(number, name, values)
         for tower in towers:
             tower.check_computed(number, features)
+
+    def _check_optional(self, number: int, x: dict[str, Any]) -> None:
+        names = self.names
+        for name in (names.exclude, names.positives, names.negatives):
+            if name is not None and name in x:
+                feature_checks.check_rows_of_ids(number, name, x[name])
+        if names.negatives in x and names.candidate_id is not None:
+            ids = np.asarray(x[names.negatives])
+            known = {names.negatives: np.where(ids == NO_CANDIDATE, 0, ids)}
+            for tower in self.lookups.find(x):
+                own = [(str(names.negatives), ids) for name, ids in tower.allowed if name == names.candidate]
+                feature_checks.check_ids(number, known, own)
+        if names.negative_probability in x:
+            described = {f"The feature {names.negative_probability!r}": x[names.negative_probability]}
+            feature_checks.check_numbers(number, described)
+            feature_checks.check_not_negative(number, described)
 
     def _corpus_ids(self, queries_only: bool) -> list[tuple[str, AllowedIds]]:
         """Returns which ids of candidates the index and the sampling probability know, with the name of the feature."""

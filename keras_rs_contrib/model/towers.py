@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras import ops
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.index.candidate_store import is_table
+from keras_rs_contrib.model.feature_names import FeatureNames, flat, select
 from keras_rs_contrib.tables.joined_lookups import with_joined_lookups
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 
@@ -41,6 +43,56 @@ def embeddings_of(tower: keras.layers.Layer, inputs: Any, training: bool | None,
     if len(outputs.shape) == 3 and outputs.shape[1] == 1:
         outputs = ops.squeeze(outputs, axis=1)
     return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerCandidates:
+    """The input of a candidate tower: the candidates of a batch, and other ids that are looked up with them.
+
+    They are joined, because a `RowSparseEmbedding` allows one lookup per step.
+
+    Attributes:
+        inputs: what the tower is called with.
+        num_queries: the number of candidates of the batch.
+        num_negatives: the number of negatives of each query alone, or `None`.
+    """
+
+    inputs: Any
+    num_queries: Any
+    num_negatives: int | None
+
+    @classmethod
+    def join(cls, features: dict[str, Any], names: FeatureNames, drawn_ids: Any) -> TowerCandidates:
+        """Returns the candidates of a batch.
+
+        Args:
+            features: the batch.
+            names: the names of its features.
+            drawn_ids: `[num_drawn]` int32, or `None`.
+        """
+        inputs = select(features, names.candidate)
+        negative_ids = None if names.negatives is None else features.get(names.negatives)
+        if drawn_ids is None and negative_ids is None:
+            return cls(inputs, None, None)
+        ids = ops.cast(flat(inputs), "int32")
+        num_queries, num_negatives = ops.shape(ids)[0], None
+        if negative_ids is not None:
+            num_negatives = int(negative_ids.shape[1])
+            # Padding is looked up too, and masked in the loss.
+            negative_ids = ops.maximum(ops.cast(negative_ids, "int32"), 0)
+            ids = ops.reshape(ops.concatenate([ops.expand_dims(ids, 1), negative_ids], axis=1), (-1,))
+        if drawn_ids is not None:
+            ids = ops.concatenate([ids, drawn_ids])
+        return cls(ids, num_queries, num_negatives)
+
+    def split(self, embeddings: Any) -> tuple[Any, Any]:
+        """Returns the embeddings of candidates, and of negatives of each query, `[num_queries, n, embedding_dim]`."""
+        if self.num_negatives is None:
+            return embeddings, None
+        num_rows = self.num_queries * (1 + self.num_negatives)
+        dimension = embeddings.shape[-1]
+        of_queries = ops.reshape(embeddings[:num_rows], (-1, 1 + self.num_negatives, dimension))
+        return ops.concatenate([of_queries[:, 0], embeddings[num_rows:]]), of_queries[:, 1:]
 
 
 def check_tower(name: str, tower: keras.layers.Layer, features: str | list[str]) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import keras
 import keras_rs
-from keras import ops
 
-from keras_rs_contrib import _keras, batches, scores
+from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.configuration import (
@@ -21,13 +20,14 @@ from keras_rs_contrib.model.configuration import (
     check_task,
     feature_of_ids,
     index_of_tower,
+    metrics_of_batch,
     metrics_of_corpus,
 )
-from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, flat, select
+from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, flat
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
-from keras_rs_contrib.model.saving import SavedModel
-from keras_rs_contrib.model.towers import check_tower, embed_with_joined_lookups, embeddings_of
+from keras_rs_contrib.model.objective import ModelWithObjective
+from keras_rs_contrib.model.towers import TowerCandidates, check_tower, embed_with_joined_lookups, embeddings_of
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
@@ -38,7 +38,7 @@ OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cros
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
-class TwoTowerModel(SavedModel):
+class TwoTowerModel(ModelWithObjective):
     """A two-tower retrieval model on dicts of features.
 
     Batches are dicts of `[batch, ...]` arrays. They come from arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset`,
@@ -80,6 +80,16 @@ class TwoTowerModel(SavedModel):
         cross_batch_memory: a `CrossBatchMemory`, whose candidates are additional negatives in training.
         exclude_feature: name of the feature that holds excluded ids, `[batch, m]` ints, padded with -1. These
             candidates are excluded for their query in `evaluate`, `predict` and calls. Batches may omit the feature.
+        positive_feature: name of the feature that holds further positives of each query, `[batch, m]` ids padded with
+            -1, such as all that a user has watched. They are not negatives of the query. It may be `exclude_feature`.
+            Batches may omit the feature.
+        negative_feature: name of the feature that holds negatives of each query alone, `[batch, n]` ids padded with -1,
+            such as impressions without a click. The id must be the only feature of the candidate tower. Batches may
+            omit the feature.
+        negative_probability_feature: name of the feature that holds the sampling probabilities of `negative_feature`,
+            `[batch, n]` float, for their log-q correction. By default, they are not corrected.
+        batch_metrics: metrics of one-hot labels and logits of the in-batch softmax, such as
+            `keras.metrics.TopKCategoricalAccuracy(10)`, as `batch_metrics` of TFRS. They store the logits of a batch.
         corpus_metrics: rank metrics for `evaluate`, such as `RecallAtK(10)`. By default, recall and NDCG at the `k` of
             the index, and the mean reciprocal rank. An empty list for none.
         corpus_positives: which rows are positives in `corpus_metrics`: a number, the least label of a positive; or the
@@ -126,6 +136,10 @@ class TwoTowerModel(SavedModel):
         mixed_negatives: MixedNegatives | None = None,
         cross_batch_memory: CrossBatchMemory | None = None,
         exclude_feature: str | None = None,
+        positive_feature: str | None = None,
+        negative_feature: str | None = None,
+        negative_probability_feature: str | None = None,
+        batch_metrics: Iterable[keras.metrics.Metric] = (),
         corpus_metrics: Iterable[RankMetric] | None = None,
         corpus_positives: float | str | None = None,
         check_inputs: bool = True,
@@ -151,7 +165,15 @@ class TwoTowerModel(SavedModel):
         self.candidate_features = feature_names("candidate_features", candidate_features)
         check_tower("query_tower", query_tower, self.query_features)
         check_tower("candidate_tower", candidate_tower, self.candidate_features)
-        for name, feature in (("candidate_id", candidate_id), ("label", label), ("exclude_feature", exclude_feature)):
+        features = {
+            "candidate_id": candidate_id,
+            "label": label,
+            "exclude_feature": exclude_feature,
+            "positive_feature": positive_feature,
+            "negative_feature": negative_feature,
+            "negative_probability_feature": negative_probability_feature,
+        }
+        for name, feature in features.items():
             check_type(name, feature, str, optional=True)
         self.task = task
         self.retrieval = index_of_tower(retrieval, candidate_tower, task.similarity)
@@ -163,8 +185,12 @@ class TwoTowerModel(SavedModel):
         self.mixed_negatives = mixed_negatives
         self.cross_batch_memory = cross_batch_memory
         self.exclude_feature = exclude_feature
-        check_needs(task, self.label, self.candidate_id, sampling_probability, mixed_negatives, cross_batch_memory)
+        self.positive_feature = positive_feature
+        self.negative_feature = negative_feature
+        self.negative_probability_feature = negative_probability_feature
+        check_needs(self)
         check_drawn_ids(mixed_negatives, candidate_tower, self.candidate_features, self.candidate_id)
+        self.batch_metrics = metrics_of_batch(batch_metrics, label)
         self.corpus_positives = check_corpus_positives(corpus_positives, label)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
         self.check_inputs = check_inputs
@@ -182,6 +208,9 @@ class TwoTowerModel(SavedModel):
             candidate_id=self.candidate_id,
             label=self.label,
             exclude=self.exclude_feature,
+            positives=self.positive_feature,
+            negatives=self.negative_feature,
+            negative_probability=self.negative_probability_feature,
             positive_weight=self.corpus_positives if isinstance(self.corpus_positives, str) else None,
         )
         probability, num_drawn_from = self.sampling_probability, 0
@@ -255,7 +284,8 @@ class TwoTowerModel(SavedModel):
             `query_embeddings` and `candidate_embeddings`, `[batch, embedding_dim]` float. Outside of training, if the
             model has candidate ids, an index and `corpus_metrics`, the dict also holds `ranks`, `[batch]` int32: the
             ranks of the candidates in the whole corpus. In training with `mixed_negatives`, it also holds `drawn_ids`,
-            `[num_negatives]` int32, whose embeddings follow those of the batch in `candidate_embeddings`.
+            `[num_negatives]` int32, whose embeddings follow those of the batch in `candidate_embeddings`. With
+            `negative_feature`, it also holds `negative_embeddings`, `[batch, n, embedding_dim]`.
 
         Raises:
             TypeError: if `features` is not a dict.
@@ -268,13 +298,14 @@ class TwoTowerModel(SavedModel):
             query_embeddings = self._embed_queries(features, training)
             self._check_lookups(0, features)
             return self._index()(query_embeddings, exclude_ids=exclude_ids)
-        candidates = select(features, self.candidate_features)
         result = {}
         if training and self.mixed_negatives is not None:
             result["drawn_ids"] = self.mixed_negatives.draw()
-            # One lookup for both, because a `RowSparseEmbedding` allows one per step.
-            candidates = ops.concatenate([ops.cast(flat(candidates), "int32"), result["drawn_ids"]])
-        query_embeddings, candidate_embeddings = self._embed(features, candidates, training)
+        candidates = TowerCandidates.join(features, names, result.get("drawn_ids"))
+        query_embeddings, candidate_embeddings = self._embed(features, candidates.inputs, training)
+        candidate_embeddings, negative_embeddings = candidates.split(candidate_embeddings)
+        if negative_embeddings is not None:
+            result["negative_embeddings"] = negative_embeddings
         self._check_lookups(0, features)
         self._check_lookups(1, features)
         result = {"query_embeddings": query_embeddings, "candidate_embeddings": candidate_embeddings, **result}
@@ -300,89 +331,6 @@ class TwoTowerModel(SavedModel):
 
         return embed_with_joined_lookups(self, embed) if training else embed()
 
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        """Returns the loss of the task plus the losses that layers add, such as regularization.
-
-        Args:
-            x: dict of `[batch, ...]` features.
-            y: `[batch]` labels, if `x` does not hold them.
-            y_pred: the result of `call`.
-            sample_weight: `[batch]` float; a row of weight 0 is absent.
-            training: whether `sampling_probability` counts the batch, and `cross_batch_memory` keeps it.
-        """
-        labels = self.model_inputs.names.labels(x, y)
-        candidate_mask = None if sample_weight is None else batches.is_present(sample_weight)
-        candidates = self._candidates(x, y_pred, candidate_mask, training)
-        loss = self.task(y_pred["query_embeddings"], labels=labels, sample_weight=sample_weight, **candidates)
-        for added in self.losses:
-            loss = ops.add(loss, ops.sum(ops.cast(added, loss.dtype)))
-        return loss
-
-    def _candidates(self, x: Any, y_pred: Any, candidate_mask: Any, training: bool) -> dict[str, Any]:
-        """Returns the task's arguments for the candidates of the batch, of `mixed_negatives` and of the memory."""
-        result = {"candidate_embeddings": y_pred["candidate_embeddings"], "candidate_mask": candidate_mask}
-        if self.candidate_id is None or self.label is not None:
-            return result
-        ids = flat(x[self.candidate_id])
-        if self.task.remove_accidental_hits or self.cross_batch_memory is not None:
-            result["candidate_ids"] = ids
-        if self.sampling_probability is not None:
-            result["candidate_sampling_probability"] = self.sampling_probability(
-                ids, candidate_mask=candidate_mask, training=training
-            )
-        if self.mixed_negatives is not None:
-            if "drawn_ids" in y_pred:
-                drawn = self.mixed_negatives.with_drawn(ids, y_pred["drawn_ids"], candidate_mask)
-            else:
-                drawn = self.mixed_negatives(ids, candidate_mask=candidate_mask, training=False)
-            result.update(drawn._asdict())
-        if self.cross_batch_memory is not None:
-            result = self.cross_batch_memory(**result, training=training)._asdict()
-        return result
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Updates the metrics, and returns those that apply to the batch: rank metrics only if it has ranks.
-
-        Args:
-            x: dict of `[batch, ...]` features.
-            y: `[batch]` labels, if `x` does not hold them.
-            y_pred: the result of `call`.
-            sample_weight: `[batch]` float; a row of weight 0 is absent.
-        """
-        has_ranks = "ranks" in y_pred
-        if has_ranks:
-            weight = self._weight_of_positives(x, y, sample_weight)
-            for metric in self.corpus_metrics:
-                metric.update_state(y_pred["ranks"], sample_weight=weight)
-        labels = predictions = None
-        if self._has_label_metrics:
-            labels = ops.expand_dims(self.model_inputs.names.labels(x, y), 1)
-            predictions = scores.pairwise_scores(
-                y_pred["query_embeddings"], y_pred["candidate_embeddings"], self.task.similarity
-            )
-            predictions = ops.expand_dims(ops.divide(predictions, self.task.temperature or 1.0), 1)
-        result: dict[str, Any] = super().compute_metrics(x, labels, predictions, sample_weight)
-        if not has_ranks:
-            # Keras would report them as 0.
-            for metric in self.corpus_metrics:
-                result.pop(metric.name, None)
-        return result
-
-    def _weight_of_positives(self, x: Any, y: Any, sample_weight: Any) -> Any:
-        """Returns the weight of each row in the rank metrics, 0 for rows that are not positives."""
-        if isinstance(self.corpus_positives, str):
-            weight = flat(x[self.corpus_positives])
-        elif self.label is None:
-            return sample_weight
-        else:
-            labels = self.model_inputs.names.labels(x, y)
-            least = self.corpus_positives
-            weight = ops.greater(labels, 0) if least is None else ops.greater_equal(labels, least)
-        weight = ops.cast(weight, "float32")
-        return weight if sample_weight is None else ops.multiply(weight, sample_weight)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()
@@ -399,6 +347,10 @@ class TwoTowerModel(SavedModel):
             label=self.label,
             **{name: None if layer is None else serialize(layer) for name, layer in optional.items()},
             exclude_feature=self.exclude_feature,
+            positive_feature=self.positive_feature,
+            negative_feature=self.negative_feature,
+            negative_probability_feature=self.negative_probability_feature,
+            batch_metrics=[serialize(metric) for metric in self.batch_metrics],
             corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
             corpus_positives=self.corpus_positives,
             check_inputs=self.check_inputs,
@@ -423,10 +375,9 @@ class TwoTowerModel(SavedModel):
             layer = type(config["retrieval"])
             config["retrieval"] = layer.from_config({**index["config"], "candidate_tower": config["candidate_tower"]})
             config["retrieval"].build_from_config(index.get("build_config"))
-        if config.get("corpus_metrics") is not None:
-            config["corpus_metrics"] = [
-                deserialize(metric) if isinstance(metric, dict) else metric for metric in config["corpus_metrics"]
-            ]
+        for name in ("batch_metrics", "corpus_metrics"):
+            if config.get(name) is not None:
+                config[name] = [deserialize(each) if isinstance(each, dict) else each for each in config[name]]
         return cls(**config)
 
     def _check_lookups(self, tower: int, features: dict[str, Any]) -> None:
