@@ -47,13 +47,13 @@ class RowSparseEmbedding(ShardedEmbedding):
         mesh_axis: axis of the mesh in force that splits the rows and their slots: see `ShardedEmbedding`. Each device
             updates the rows that it holds.
         row_multiple: the number of rows is padded to a multiple of this: see `ShardedEmbedding`.
-        **kwargs: other arguments of `keras.layers.Embedding`. Regularizers and constraints of the table, LoRA and
-            quantization are not supported.
+        **kwargs: other arguments of `keras.layers.Embedding`. Regularizers and constraints of the table, LoRA,
+            quantization, and dtypes other than float16, bfloat16 and float32 are not supported.
 
     Raises:
         NotImplementedError: if the Keras backend is not JAX.
         TypeError: if the type of `optimizer` is not supported.
-        ValueError: if an argument is out of range, or would process all rows in each step.
+        ValueError: if an argument is out of range or not supported, or would process all rows in each step.
 
     Example:
     ```python
@@ -63,6 +63,8 @@ class RowSparseEmbedding(ShardedEmbedding):
     model.fit(np.arange(100), np.ones(100), verbose=0)
     ```
     """
+
+    is_trained_by_row = True
 
     def __init__(
         self,
@@ -159,7 +161,12 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     @property
     def iterations(self) -> Any:
-        """The number of training steps of the table."""
+        """The number of training steps of the table, an int32 variable."""
+        if not self.built:
+            raise AttributeError(
+                "The number of steps exists once the layer is built. Received: `iterations` of "
+                f"{self.name!r}, which is not built. Call `build()` first."
+            )
         return self._step_count
 
     def call(self, inputs: Any) -> Any:
@@ -200,14 +207,7 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         """Raises `ValueError`, because LoRA adds a product as large as the table."""
-        _check_no_sweep({"lora_rank": args[0] if args else kwargs.get("rank")})
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `NotImplementedError`, because a quantized table cannot be trained."""
-        raise NotImplementedError(
-            f"A `RowSparseEmbedding` cannot be quantized. Received: a call of `quantize` for {self.name!r}. "
-            "Assign its `embeddings` to a `keras.layers.Embedding` and quantize that layer."
-        )
+        _check_no_sweep({"lora_rank": True})
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the table as a plain embedding does, and the other weights by name."""
@@ -218,6 +218,10 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the weights. A file of a plain embedding contains only the table, and changes no other weights."""
+        if not self.built:
+            # As in Keras, an error if the file contains weights.
+            super().load_own_variables(store)
+            return
         others = self._other_variables()
         names = set(store.keys())
         if names not in ({"0"}, {"0", *others}):
@@ -292,6 +296,7 @@ def _check_no_sweep(arguments: dict[str, Any]) -> None:
         "embeddings_regularizer": "Pass an `activity_regularizer`, a penalty on the embeddings of the batch.",
         "embeddings_constraint": "Limit the updates with the `clipnorm` of a row optimizer.",
         "lora_rank": "Use a `keras.layers.Embedding`.",
+        "lora_alpha": "Use a `keras.layers.Embedding`.",
         "quantization_config": "Use a `keras.layers.Embedding`.",
     }
     for name, fix in fixes.items():

@@ -67,9 +67,11 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
 
     Attributes:
         update: the `RowUpdate` that the table and its slots share.
+        tied: the table and its slots.
     """
 
     update: RowUpdate
+    tied: tuple[keras.Variable, ...] = ()
 
     @property
     def overwrite_with_gradient(self) -> bool:
@@ -83,6 +85,16 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
         if _is_called_by_an_optimizer():
             self.update.take(self)
         return super().assign(value)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the rows are trained. Setting it sets the table and all its slots."""
+        return bool(super().trainable)
+
+    @trainable.setter
+    def trainable(self, trainable: bool) -> None:
+        for variable in self.tied or (self,):
+            keras.Variable.trainable.fset(variable, trainable)
 
 
 class RowSparseTable(RowSparseVariable):
@@ -111,22 +123,12 @@ class RowSparseTable(RowSparseVariable):
         """The tensor as the trainer passes it, for lookups only."""
         return super().value
 
-    @property
-    def trainable(self) -> bool:
-        """Whether the rows are trained. Setting it also sets the slots."""
-        return bool(super().trainable)
-
-    @trainable.setter
-    def trainable(self, trainable: bool) -> None:
-        for variable in (self, *self.slots):
-            keras.Variable.trainable.fset(variable, trainable)
-
 
 def tie(table: RowSparseTable, slots: tuple[RowSparseVariable, ...]) -> None:
     """Links a table and its slots, so that they share their updates and `trainable`."""
     update = RowUpdate()
     for variable in (table, *slots):
-        variable.update = update
+        variable.update, variable.tied = update, (table, *slots)
     table.slots = slots
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.tables.dtypes import check_policy, quantization_message
 from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, UnpaddedStore, add_table, pad_rows, padded_rows
 
 # Weights with one row for each id.
@@ -40,11 +41,11 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
             axis, each device holds the whole table.
         row_multiple: positive int, divisible by the number of devices along `mesh_axis`. The default is divisible by
             1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. Pass 1 for no padding.
-        **kwargs: other arguments of `keras.layers.Embedding`.
+        **kwargs: other arguments of `keras.layers.Embedding`. The table cannot be quantized.
 
     Raises:
-        ValueError: if an argument is out of range. `build` raises it if the number of padded rows is not divisible by
-            the size of the mesh axis.
+        ValueError: if an argument is out of range or not supported. `build` raises it if the number of padded rows is
+            not divisible by the size of the mesh axis.
 
     Example:
     ```python
@@ -56,6 +57,8 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
 
     # Declared for type checkers: Keras is not typed.
     trainable: bool
+    # Whether a row optimizer trains the table, in float32.
+    is_trained_by_row = False
 
     def __init__(
         self,
@@ -68,6 +71,9 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         row_multiple = positive_int(row_multiple, "row_multiple")
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
+        self._check_policy(self.dtype_policy)
+        if self.quantization_config is not None:
+            raise ValueError(quantization_message(self, "`quantization_config`"))
         self.mesh_axis = mesh_axis
         self.row_multiple = row_multiple
         self._assign_weights(weights)
@@ -84,22 +90,58 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
                 f"Received: shape {tuple(np.shape(table))}. Pass the table without padding rows."
             )
         self.build()
-        self.embeddings.assign(pad_rows(table, self.num_padded_rows))
+        # With `lora_rank`, `embeddings` is a sum.
+        variable = next(weight for weight in self.weights if weight.name == "embeddings")
+        variable.assign(pad_rows(table, self.num_padded_rows))
 
     @property
     def num_padded_rows(self) -> int:
         """The number of rows of the table, including padding."""
         return padded_rows(self.input_dim, self.row_multiple)
 
+    @property
+    def dtype_policy(self) -> Any:
+        """The dtype policy. A quantized one is an error."""
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, policy: Any) -> None:
+        self._check_policy(keras.dtype_policies.get(policy))
+        keras.layers.Embedding.dtype_policy.fset(self, policy)
+
+    def _check_policy(self, policy: Any) -> None:
+        check_policy(self, policy, self.is_trained_by_row)
+
     def build(self, input_shape: Any = None) -> None:
         """Creates the table."""
+        # Again: a policy map knows the layer by its path.
+        self._check_policy(self.dtype_policy)
         super().build(input_shape)
         self._freeze_new_weights()
 
-    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Adds a low-rank update to the table: see `keras.layers.Embedding`."""
-        super().enable_lora(*args, **kwargs)
+    def enable_lora(self, rank: int, lora_alpha: float | None = None, **kwargs: Any) -> None:
+        """Adds a low-rank update to the table: see `keras.layers.Embedding`.
+
+        Args:
+            rank: positive int, the rank of the update.
+            lora_alpha: the update is multiplied by `lora_alpha / rank`. By default, the `lora_alpha` of the
+                constructor, or `rank` if it has none.
+            **kwargs: other arguments of `keras.layers.Embedding.enable_lora`.
+
+        Raises:
+            ValueError: if the layer is not built, has a constraint, or already has such an update.
+        """
+        if not self.built:
+            raise ValueError(
+                "A layer must be built before LoRA is enabled. Received: `enable_lora` of "
+                f"{self.name!r}, which has no table yet. Call `build()` first, or pass `lora_rank` to the constructor."
+            )
+        super().enable_lora(rank, self.lora_alpha if lora_alpha is None else lora_alpha, **kwargs)
         self._freeze_new_weights()
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `NotImplementedError`: `keras.Model.quantize` warns and leaves the layer as it is."""
+        raise NotImplementedError(quantization_message(self, "a call of `quantize`"))
 
     def _freeze_new_weights(self) -> None:
         # Keras freezes weights in `add_weight`, which tables bypass, and when `trainable` is set.
