@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.tables.sharded_embedding import dense_ids
+
 
 def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     """Returns the embeddings of several tensors of ids, looked up in a single call of the tower.
@@ -18,7 +20,8 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     Args:
         tower: a layer that maps ids of any shape to embeddings along a new last dimension, such as a
             `RowSparseEmbedding`.
-        ids: list, tuple or dict of int tensors. If one is symbolic, all must have the same first dimension.
+        ids: list, tuple or dict of int tensors, dense or sparse. If one is symbolic, all must have the same first
+            dimension.
 
     Returns:
         `[..., output_dim]` tensors, in the structure of `ids`.
@@ -32,7 +35,7 @@ def lookup_together(tower: keras.layers.Layer, ids: Any) -> Any:
     positives, negatives = lookup_together(tower, [np.array([3, 7]), np.array([[1, 2], [4, 5], [6, 9]])])
     ```
     """
-    tensors = [ops.convert_to_tensor(each) for each in keras.tree.flatten(ids)]
+    tensors = [dense_ids(each) for each in keras.tree.flatten(ids)]
     if not tensors:
         raise ValueError(f"`ids` must contain at least one tensor. Received: ids={ids!r}. Pass the ids to look up.")
     shapes = [tuple(each.shape) for each in tensors]

@@ -12,7 +12,7 @@ from keras_rs_contrib.tables import row_optimizers, row_update
 from keras_rs_contrib.tables.layout import axis_of_rows, table_layout
 from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE
 from keras_rs_contrib.tables.row_variable import RowSparseTable, RowSparseVariable, tie
-from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
+from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding, dense_ids
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
@@ -170,7 +170,8 @@ class RowSparseEmbedding(ShardedEmbedding):
         return self._step_count
 
     def call(self, inputs: Any) -> Any:
-        """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
+        """Returns the embeddings of `inputs`, integers in `[0, input_dim)`, as a dense or sparse tensor."""
+        inputs = dense_ids(inputs)
         if not keras.backend.is_int_dtype(inputs.dtype):
             inputs = ops.cast(inputs, "int32")
         if self.answer is not None:

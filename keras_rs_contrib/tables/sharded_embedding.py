@@ -159,7 +159,8 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         return add_table(self, name, shape, **kwargs)
 
     def call(self, inputs: Any) -> Any:
-        """Returns the embeddings of `inputs`, integers in `[0, input_dim)`."""
+        """Returns the embeddings of `inputs`, integers in `[0, input_dim)`, as a dense or sparse tensor."""
+        inputs = dense_ids(inputs)
         if self.num_padded_rows != self.input_dim:
             # As in a plain embedding, negative ids count from the last row without padding. Ids of padding rows are out
             # of range.
@@ -168,6 +169,10 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
             in_range = ops.logical_and(ops.greater_equal(inputs, 0), ops.less(inputs, self.input_dim))
             inputs = ops.where(in_range, inputs, self.num_padded_rows)
         return super().call(inputs)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """Returns which ids are not 0, if `mask_zero`."""
+        return super().compute_mask(dense_ids(inputs), mask)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the weights as a plain `keras.layers.Embedding` does, without padding rows."""
@@ -190,3 +195,11 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         # Files of version 0.1 have no `row_multiple`: their tables and optimizer slots have no padding.
         embedding: ShardedEmbedding = super().from_config({"row_multiple": 1, **config})
         return embedding
+
+
+def dense_ids(ids: Any) -> Any:
+    """Returns ids as a dense tensor. As in a plain embedding, a sparse tensor has id 0 where it stores no value."""
+    if isinstance(ids, keras.KerasTensor):
+        # Keras converts sparse tensors where it adds a number to them.
+        return ops.add(ids, 0) if ids.sparse else ids
+    return ops.convert_to_tensor(ids, sparse=False)
