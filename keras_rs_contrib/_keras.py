@@ -22,15 +22,18 @@ __all__ = [
     "GeneratorDataAdapter",
     "LossPerExample",
     "distributable_targets",
+    "forget_uninitialized_variables",
     "get_data_adapter",
     "get_layout",
     "get_learning_rate",
     "has_value",
+    "is_in_stateless_scope",
     "is_loading",
     "is_tracing_symbolically",
     "set_layout",
     "set_shape",
     "sublayers",
+    "uninitialized_variables",
 ]
 
 
@@ -47,8 +50,38 @@ def is_loading() -> bool:
     A file names the mesh axis that it was saved with, which the mesh in force may lack. That is an error for a user and
     not for a file. Replacement: a public query, such as `keras.saving.is_loading()`.
     """
-    # 2. Keras leaves no other trace of a file being loaded.
+    # 2. Keras's global state is the only trace of a file being loaded.
     return global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None
+
+
+def uninitialized_variables() -> list[keras.Variable]:
+    """Returns the variables that Keras has created in a trace, and initializes at its end.
+
+    Replacement: none is needed once Keras itself forgets a variable that it fails to initialize.
+    """
+    # 2. The same global state.
+    return list(global_state.get_global_attribute("uninitialized_variables") or [])
+
+
+def forget_uninitialized_variables(variables: list[keras.Variable]) -> None:
+    """Removes variables from those that Keras is to initialize.
+
+    Keras keeps all variables of a trace if it fails to initialize one of them. From then on, each trace in the process
+    ends in the same error. Replacement: as in `uninitialized_variables`.
+    """
+    # 2. The same global state. Variables compare by value, so they are compared by `id`.
+    ids = {id(variable) for variable in variables}
+    kept = [variable for variable in uninitialized_variables() if id(variable) not in ids]
+    global_state.set_global_attribute("uninitialized_variables", kept)
+
+
+def is_in_stateless_scope() -> bool:
+    """Returns whether Keras is in a trace, at whose end it initializes variables.
+
+    Replacement: a public query, such as `keras.in_stateless_scope()`.
+    """
+    # 2. The same global state.
+    return global_state.get_global_attribute("stateless_scope") is not None
 
 
 def is_tracing_symbolically() -> bool:
@@ -78,9 +111,14 @@ def set_layout(variable: keras.Variable, sharding: Any) -> None:
     A built `Embedding` that an index splits needs it. Replacement: a public setter of `keras.Variable.layout`.
     """
     # 4. The same attribute.
+    previous = variable._layout
     variable._layout = sharding
-    if has_value(variable):
-        variable.assign(variable.value)
+    try:
+        if has_value(variable):
+            variable.assign(variable.value)
+    except BaseException:
+        variable._layout = previous
+        raise
 
 
 def set_shape(variable: keras.Variable, shape: tuple[int, ...]) -> None:

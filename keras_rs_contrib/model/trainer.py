@@ -11,12 +11,13 @@ import keras
 
 from keras_rs_contrib import _keras, batches, columns
 from keras_rs_contrib.distribution import check_mesh
+from keras_rs_contrib.model.failed_builds import RecoveringModel
 from keras_rs_contrib.model.feature_names import is_missing, names_in, select
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
 from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
-class PaddedModel(_keras.LossPerExample):
+class PaddedModel(RecoveringModel):
     """Keras's entry points for a model with an index: batches are checked and padded, and the index is refreshed.
 
     Attributes:

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import check_positional, differ, explains_keywords, positive_int
+from keras_rs_contrib.distribution import check_layout
 from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments
 
 # The variables that hold the stored candidates.
@@ -100,6 +101,12 @@ class CrossBatchMemory(IdArguments, keras.layers.Layer):  # type: ignore[misc]
     def build(self, candidate_embeddings_shape: tuple[int | None, ...]) -> None:
         """Creates an empty memory for embeddings of the given shape."""
         embedding_dim = candidate_embeddings_shape[-1]
+        path = self.path or self.name
+        check_layout(f"{path}/embeddings", (self.capacity, embedding_dim))
+        for name in ("ids", "probabilities"):
+            check_layout(f"{path}/{name}", (self.capacity,))
+        for name in ("place", "num_filled", "steps"):
+            check_layout(f"{path}/{name}", ())
         self.embeddings = self._add_state((self.capacity, embedding_dim), "embeddings")
         self.ids = self._add_state((self.capacity,), "ids", "int32", keras.initializers.Constant(NO_CANDIDATE))
         self.probabilities = self._add_state((self.capacity,), "probabilities")

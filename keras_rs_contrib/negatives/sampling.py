@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import explains_keywords, positive_int
+from keras_rs_contrib.distribution import check_layout
 from keras_rs_contrib.ids import IdArguments
 
 # The variables that hold the estimate.
@@ -93,6 +94,7 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
         self.built = True
 
     def _add_state(self, shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
+        check_layout(f"{self.path or self.name}/{name}", shape)
         return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, trainable=False, name=name)
 
     def call(self, candidate_ids: Any, *, candidate_mask: Any = None, training: bool | None = None) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import warnings
+from collections.abc import Iterable
 
 import keras
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.distribution import axis_size
+from keras_rs_contrib.distribution import axis_size, check_layout, layout_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +81,26 @@ def axis_of_rows(mesh_axis: str | None, path: str) -> str | None:
         mesh_axis: the requested axis. If it is `None`, or not an axis of the mesh, the layout map decides.
         path: path of the variable, for the layout map.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return None
-    if mesh_axis in distribution.device_mesh.axis_names:
+    if has_axis(mesh_axis):
         return mesh_axis
-    if not isinstance(distribution, keras.distribution.ModelParallel):
-        return None
-    axis: str | None = distribution.get_variable_layout(types.SimpleNamespace(path=path, shape=(1, 1))).axes[0]
+    axis: str | None = next(iter(layout_axes(path, (1, 1))), None)
     return axis
 
 
-def row_sharding(axis: str) -> NamedSharding:
-    """Returns the sharding that splits the rows of a table over an axis of the mesh in force."""
+def has_axis(mesh_axis: str | None) -> bool:
+    """Returns whether the mesh in force has an axis, which then splits the rows whatever the layout map says."""
+    distribution = keras.distribution.distribution()
+    return distribution is not None and mesh_axis in distribution.device_mesh.axis_names
+
+
+def row_sharding(axis: str | None) -> NamedSharding:
+    """Returns the sharding that splits the rows of a table over an axis of the mesh in force, or over none."""
     return NamedSharding(keras.distribution.distribution().device_mesh.backend_mesh, PartitionSpec(axis, None))
+
+
+def row_layout(axis: str | None) -> dict[str, NamedSharding]:
+    """Returns the argument `layout` of a variable whose rows an axis splits; nothing without a distribution."""
+    return {} if keras.distribution.distribution() is None else {"layout": row_sharding(axis)}
 
 
 def split_rows(table: keras.Variable, mesh_axis: str) -> None:
@@ -110,8 +116,7 @@ def split_rows(table: keras.Variable, mesh_axis: str) -> None:
     Raises:
         ValueError: if `num_rows` is not divisible by the size of the axis.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or mesh_axis not in distribution.device_mesh.axis_names:
+    if not has_axis(mesh_axis):
         return
     sharding = row_sharding(mesh_axis)
     if _keras.get_layout(table) == sharding:
@@ -140,6 +145,19 @@ def check_rows_divide(num_rows: int, axis: str | None, path: str) -> None:
             f"{num_rows} rows of {path!r} for {axis_size(axis)} devices on mesh axis {axis!r}. "
             "Use a `keras_rs_contrib.ShardedEmbedding`, which pads its rows to a multiple of `row_multiple`."
         )
+
+
+def check_layouts(variables: Iterable[keras.Variable]) -> None:
+    """Raises `ValueError` if the mesh in force cannot hold one of the variables, which have no value yet.
+
+    For a plain embedding whose rows do not divide, the error recommends a `ShardedEmbedding`.
+    """
+    for variable in variables:
+        sharding = _keras.get_layout(variable)
+        axes = layout_axes(variable.path, variable.shape) if sharding is None else tuple(sharding.spec)
+        if variable.name == "embeddings" and variable.trainable and axes:
+            check_rows_divide(variable.shape[0], axes[0], variable.path)
+        check_layout(variable.path, variable.shape, axes)
 
 
 def _batch_axis(mesh: Mesh) -> str:

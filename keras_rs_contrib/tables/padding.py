@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.distribution import axis_size
+from keras_rs_contrib import _keras
+from keras_rs_contrib.distribution import axis_size, check_layout
 from keras_rs_contrib.tables import layout
 
 # Divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192.
@@ -20,7 +22,7 @@ def padded_rows(num_rows: int, row_multiple: int) -> int:
     return -(-num_rows // row_multiple) * row_multiple
 
 
-class PaddedInitializer:
+class TableInitializer:
     """Initializes a table, with zeros in the padding rows.
 
     Args:
@@ -33,8 +35,24 @@ class PaddedInitializer:
         self.num_rows = num_rows
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Returns `[shape[0], ...]` values. The first `num_rows` rows do not depend on the padding."""
-        return _with_zero_rows(self.initializer((self.num_rows, *shape[1:]), dtype=dtype), shape[0])
+        """Returns `[shape[0], ...]` values. The first `num_rows` rows do not depend on the padding.
+
+        Raises:
+            ValueError: if the initializer returns another shape.
+        """
+        if not _keras.is_in_stateless_scope():
+            # Keras is initializing the variables of a trace. If that fails from here on, it would try them again at
+            # the end of each later trace.
+            _keras.forget_uninitialized_variables(_keras.uninitialized_variables())
+        unpadded = (self.num_rows, *shape[1:])
+        values = ops.convert_to_tensor(self.initializer(unpadded, dtype=dtype), dtype=dtype)
+        if tuple(values.shape) != unpadded:
+            raise ValueError(
+                "An initializer must return the shape that it is called with. Received: "
+                f"shape {tuple(values.shape)} for {unpadded} from {self.initializer!r}. Return one row for each id, "
+                "without padding rows."
+            )
+        return _with_zero_rows(values, shape[0])
 
 
 class PaddedRegularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
@@ -88,6 +106,7 @@ def add_table(
     autocast: bool = True,
     regularizer: Any = None,
     constraint: Any = None,
+    follows_layout_map: bool = True,
 ) -> keras.Variable:
     """Creates a padded table for a layer, laid out on the mesh in force.
 
@@ -99,36 +118,38 @@ def add_table(
         shape: `(num_rows, width)`, without padding.
         initializer: a Keras initializer of the rows without padding.
         row_multiple: the number of rows is rounded up to a multiple of this.
-        mesh_axis: axis of the mesh in force that splits the rows, or `None` to follow the layout map.
+        mesh_axis: axis of the mesh in force that splits the rows.
         variable_class: class of the variable; `keras.Variable` by default.
         dtype: dtype of the variable; by default that of the layer's variables.
         trainable: whether the table is trained.
         autocast: whether the table is cast to the layer's compute dtype.
         regularizer: regularizer of the rows without padding, or `None`.
         constraint: constraint of the table, or `None`.
+        follows_layout_map: whether a layout map splits the table if the mesh has no axis `mesh_axis`.
 
     Returns:
         The `[num_padded_rows, width]` variable.
 
     Raises:
-        ValueError: if the number of padded rows is not divisible by the size of the mesh axis.
+        ValueError: if the layout does not fit the padded table.
     """
     num_rows = shape[0]
     num_padded_rows = padded_rows(num_rows, row_multiple)
     path = f"{layer.path or layer.name}/{name}"
-    axis = layout.axis_of_rows(mesh_axis, path)
-    _check_padding_divides(num_padded_rows, row_multiple, axis, path)
+    laid_out = {}
+    if follows_layout_map:
+        check_table_layout((num_padded_rows, *shape[1:]), row_multiple, mesh_axis, path)
+    if not follows_layout_map or layout.has_axis(mesh_axis):
+        # Otherwise, Keras applies its layout map.
+        laid_out = layout.row_layout(mesh_axis)
     if num_padded_rows != num_rows:
-        initializer = PaddedInitializer(initializer, num_rows)
         if regularizer is not None:
             regularizer = PaddedRegularizer(regularizer, num_rows)
         if constraint is not None:
             constraint = PaddedConstraint(constraint, num_rows)
-    # Without an explicit layout, Keras applies its layout map.
-    laid_out = {"layout": layout.row_sharding(axis)} if axis is not None and axis == mesh_axis else {}
     with keras.name_scope(layer.name, caller=layer):
         variable = (variable_class or keras.Variable)(
-            keras.initializers.get(initializer),
+            TableInitializer(initializer, num_rows),
             shape=(num_padded_rows, *shape[1:]),
             dtype=dtype or layer.variable_dtype,
             trainable=trainable,
@@ -136,6 +157,9 @@ def add_table(
             name=name,
             **laid_out,
         )
+    if _keras.has_value(variable):
+        # JAX reports some errors, such as a lack of memory, only when it waits for the values.
+        jax.block_until_ready(variable.value)
     variable.regularizer = regularizer
     variable.constraint = keras.constraints.get(constraint)
     return variable
@@ -190,12 +214,27 @@ class UnpaddedStore:
 
 def _with_zero_rows(values: Any, num_rows: int) -> Any:
     """Returns a tensor of `num_rows` rows: `values`, and zeros."""
+    if values.shape[0] == num_rows:
+        return values
     return ops.pad(values, ((0, num_rows - values.shape[0]), *[(0, 0)] * (len(values.shape) - 1)))
 
 
-def _check_padding_divides(num_padded_rows: int, row_multiple: int, axis: str | None, path: str) -> None:
+def check_table_layout(shape: tuple[int, ...], row_multiple: int, mesh_axis: str | None, path: str) -> None:
+    """Raises `ValueError` if the mesh in force, or its layout map, does not fit a padded table.
+
+    Args:
+        shape: shape of the table, including padding rows.
+        row_multiple: the number of rows has been rounded up to a multiple of this.
+        mesh_axis: axis of the mesh that splits the rows. If it is `None`, or not an axis of the mesh, the layout map
+            decides.
+        path: path of the variable, for the layout map.
+    """
+    num_padded_rows = shape[0]
+    axis = layout.axis_of_rows(mesh_axis, path)
     num_shards = axis_size(axis)
     if num_padded_rows % num_shards == 0:
+        if not layout.has_axis(mesh_axis):
+            check_layout(path, shape)
         return
     if row_multiple == 1:
         raise ValueError(

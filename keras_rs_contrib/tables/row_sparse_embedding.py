@@ -8,9 +8,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_rs_contrib.distribution import layout_axes
 from keras_rs_contrib.tables import row_optimizers, row_update
-from keras_rs_contrib.tables.layout import axis_of_rows, table_layout
-from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE
+from keras_rs_contrib.tables.layout import axis_of_rows, has_axis, table_layout
+from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, check_table_layout
 from keras_rs_contrib.tables.row_variable import RowSparseTable, RowSparseVariable, tie
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding, dense_ids
 
@@ -108,24 +109,38 @@ class RowSparseEmbedding(ShardedEmbedding):
         """Creates the table and the slots of its optimizer."""
         if self.built:
             return
-        super().build(input_shape)
-        # The slots are laid out like the table, even if the layout map matches only the table.
-        row_axis = axis_of_rows(self.mesh_axis, f"{self.path}/embeddings")
-        self._slots = {
+        path = f"{self.path or self.name}/embeddings"
+        shape = (self.num_padded_rows, self.output_dim)
+        check_table_layout(shape, self.row_multiple, self.mesh_axis, path)
+        axes = layout_axes(path, shape)
+        if any(axes[1:]) and not has_axis(self.mesh_axis):
+            raise ValueError(
+                "The table of a `RowSparseEmbedding` must be split over its rows only. Received: "
+                f"layout {axes} for {path!r}. Change its layout to (axis, None) in the layout map."
+            )
+        # Before the table, which marks the layer as built, and so attributes of the layer only after it.
+        slots = {
             name: self._add_table(
                 name,
                 (self.input_dim, width),
                 initializer=keras.initializers.Constant(value),
-                mesh_axis=row_axis,
+                mesh_axis=axis_of_rows(self.mesh_axis, path),
+                # The slots are laid out like the table, whatever the layout map says of them.
+                follows_layout_map=False,
                 variable_class=RowSparseVariable,
                 dtype="float32",
             )
             for name, (width, value) in self.optimizer.slots(self.output_dim).items()
         }
-        tie(self.embeddings, tuple(self._slots.values()))
-        self._step_count = self._scalar("iterations", 0, "int32")
+        step_count = self._scalar("iterations", 0, "int32")
+        learning_rate = None
         if isinstance(self.optimizer.learning_rate, float):
-            self._current_learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
+            learning_rate = self._scalar("learning_rate", self.optimizer.learning_rate, "float32")
+        super().build(input_shape)
+        self._slots, self._step_count = slots, step_count
+        if learning_rate is not None:
+            self._current_learning_rate = learning_rate
+        tie(self.embeddings, tuple(slots.values()))
         self._freeze_new_weights()
 
     def _scalar(self, name: str, value: float, dtype: str) -> keras.Variable:

@@ -9,11 +9,20 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.distribution import check_layout
 from keras_rs_contrib.tables.dtypes import check_policy, quantization_message
-from keras_rs_contrib.tables.padding import DEFAULT_ROW_MULTIPLE, UnpaddedStore, add_table, pad_rows, padded_rows
+from keras_rs_contrib.tables.padding import (
+    DEFAULT_ROW_MULTIPLE,
+    UnpaddedStore,
+    add_table,
+    check_table_layout,
+    pad_rows,
+    padded_rows,
+)
 
 # Weights with one row for each id.
 TABLES = ("embeddings", "lora_embeddings_a")
+MAX_ROWS = 2**31 - 1
 
 
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
@@ -74,6 +83,11 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         self._check_policy(self.dtype_policy)
         if self.quantization_config is not None:
             raise ValueError(quantization_message(self, "`quantization_config`"))
+        if padded_rows(input_dim, row_multiple) > MAX_ROWS:
+            raise ValueError(
+                f"A table must have at most {MAX_ROWS} rows, including padding, because ids are int32. Received: "
+                f"input_dim={input_dim} and row_multiple={row_multiple}. Hash the ids into fewer rows."
+            )
         self.mesh_axis = mesh_axis
         self.row_multiple = row_multiple
         self._assign_weights(weights)
@@ -116,6 +130,8 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
         """Creates the table."""
         # Again: a policy map knows the layer by its path.
         self._check_policy(self.dtype_policy)
+        if self.lora_rank:
+            self._check_lora(self.lora_rank)
         super().build(input_shape)
         self._freeze_new_weights()
 
@@ -136,8 +152,22 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
                 "A layer must be built before LoRA is enabled. Received: `enable_lora` of "
                 f"{self.name!r}, which has no table yet. Call `build()` first, or pass `lora_rank` to the constructor."
             )
+        self._check_lora(rank)
         super().enable_lora(rank, self.lora_alpha if lora_alpha is None else lora_alpha, **kwargs)
         self._freeze_new_weights()
+
+    def _check_lora(self, rank: Any) -> None:
+        """Raises `ValueError` if LoRA cannot be enabled. In `build`, Keras would leave the layer without it."""
+        rank = positive_int(rank, "rank")
+        if self.embeddings_constraint is not None:
+            raise ValueError(
+                "LoRA adds to a table, which therefore must not have a constraint. Received: LoRA for "
+                f"{self.name!r} with {self.embeddings_constraint!r}. Leave out `embeddings_constraint`, or LoRA."
+            )
+        path = self.path or self.name
+        shape = (self.num_padded_rows, rank)
+        check_table_layout(shape, self.row_multiple, self.mesh_axis, f"{path}/lora_embeddings_a")
+        check_layout(f"{path}/lora_embeddings_b", (rank, self.output_dim))
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Raises `NotImplementedError`: `keras.Model.quantize` warns and leaves the layer as it is."""

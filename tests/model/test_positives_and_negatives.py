@@ -116,7 +116,7 @@ def test_batch_metrics_are_those_of_the_logits(num_devices, tmp_path):
     logits = users[USERS[:23]] @ movies[MOVIES[:23]].T
     better = (logits > np.diag(logits)[:, None]).sum(axis=1)
     # Candidates that occur twice tie.
-    assert np.mean(better < 1) <= result <= np.mean(better < 3)
+    assert np.mean(better < 1) - 1e-6 <= result <= np.mean(better < 3) + 1e-6
     history = model.fit(data, batch_size=23, epochs=30, validation_data=data, verbose=0).history
     assert history["in_batch_top_3"][-1] > history["in_batch_top_3"][0]
     assert "val_in_batch_top_3" in history
@@ -127,15 +127,15 @@ def test_batch_metrics_are_those_of_the_logits(num_devices, tmp_path):
 
 
 def test_invalid_options_raise():
-    with pytest.raises(ValueError, match="With `label`.*`positive_feature`"):
+    with pytest.raises(ValueError, match=r"With `label`.*`positive_feature`"):
         make_model(label="rating", positive_feature="watched")
-    with pytest.raises(ValueError, match="With `label`.*`negative_feature`"):
+    with pytest.raises(ValueError, match=r"With `label`.*`negative_feature`"):
         make_model(label="rating", negative_feature="shown")
     with pytest.raises(ValueError, match="negative_feature=None"):
         make_model(negative_probability_feature="probability")
-    with pytest.raises(TypeError, match="`batch_metrics` must be a `Metric`"):
+    with pytest.raises(TypeError, match=r"`batch_metrics` must be a `Metric`"):
         make_model(batch_metrics=["accuracy"])
-    with pytest.raises(ValueError, match="metrics of the in-batch softmax. Received: `label`"):
+    with pytest.raises(ValueError, match=r"metrics of the in-batch softmax. Received: `label`"):
         make_model(label="rating", batch_metrics=[keras.metrics.TopKCategoricalAccuracy(3)])
 
 
@@ -150,5 +150,5 @@ def test_invalid_ids_of_positives_and_negatives_raise():
         for call in (model.fit, model.evaluate, model.train_on_batch):
             with pytest.raises(ValueError, match=message):
                 call({**DATA, name: values})
-    with pytest.raises(TypeError, match="'watched' must hold ids|excluded ids|as integers"):
+    with pytest.raises(TypeError, match=r"'watched' must hold ids, as integers"):
         model.fit({**DATA, "watched": WATCHED.astype("float32")}, verbose=0)

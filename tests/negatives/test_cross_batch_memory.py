@@ -3,7 +3,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import data_parallel
+from conftest import data_parallel, model_parallel
 from models import NegativesModel
 
 from keras_rs_contrib import CrossBatchMemory, DistributedTwoTowerTask
@@ -282,3 +282,16 @@ def test_empty_batch_leaves_the_memory_unchanged():
     np.testing.assert_array_equal(np.sort(candidates.candidate_ids), [-1, 5, 6])
     for weight, expected in zip(memory.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, expected)
+
+
+@pytest.mark.parametrize("capacity", [4, 6])
+def test_a_layout_map_that_does_not_fit_the_memory_raises_before_it_is_built(capacity):
+    keras.distribution.set_distribution(model_parallel(pattern=".*memory.*"))
+    memory = CrossBatchMemory(capacity, name="memory")
+    # Both the rows, if they do not divide over 4 devices, and the weights without rows.
+    message = "divisible.*'memory/embeddings'" if capacity == 6 else "as many axes.*'memory/ids'"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"{message}.*layout map"):
+            memory(np.ones((2, DIMENSION), "float32"), candidate_ids=np.array([5, 6]), training=True)
+    assert not memory.built
+    assert memory.variables == []

@@ -3,7 +3,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import data_parallel
+from conftest import data_parallel, model_parallel
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_rs_contrib import StreamingSamplingProbability
@@ -330,3 +330,9 @@ def test_rounding_errors_do_not_accumulate(rng):
     count(layer, batches)
     result = np.asarray(layer(np.arange(101)))
     np.testing.assert_allclose([result[0], result.sum()], [0.5, 1], rtol=2e-3)
+
+
+def test_a_layout_map_that_does_not_fit_the_probabilities_raises():
+    keras.distribution.set_distribution(model_parallel(pattern=".*sampling.*"))
+    with pytest.raises(ValueError, match=r"as many axes.*\('model', None\) for 'sampling/share'.*layout map"):
+        StreamingSamplingProbability(4, name="sampling")
