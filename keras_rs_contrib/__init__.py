@@ -1,5 +1,15 @@
 """Two-tower retrieval for Keras Recommenders on JAX."""
 
+try:
+    import keras as _  # noqa: F401
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("tensorflow", "torch", "jax"):
+        raise
+    raise ImportError(
+        "Keras needs its backend, which is TensorFlow unless KERAS_BACKEND names another one. Received: no module "
+        f"{error.name!r}. Set the environment variable KERAS_BACKEND=jax before the first import of Keras."
+    ) from error
+
 from keras_rs_contrib.batches import PaddedBatches, pad_batches
 from keras_rs_contrib.ids import group_candidate_ids
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval

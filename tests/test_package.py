@@ -133,3 +133,25 @@ def test_another_backend_does_what_needs_no_devices():
     # The third row is padding: each of the other two has one negative of score 0 and a positive of score 1.
     np.testing.assert_allclose(float(loss), np.log1p(np.exp(-1.0)), rtol=1e-5)
     assert ids.strip() == "[[1, 2], [1, 2], [2, 1]]"
+
+
+@pytest.mark.slow
+def test_importing_without_a_backend_says_what_to_set(tmp_path):
+    script = """
+        import importlib.abc, sys
+
+        class NoTensorFlow(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.partition(".")[0] == "tensorflow":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, NoTensorFlow())
+        import keras_rs_contrib
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    environment["KERAS_HOME"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "ImportError: Keras needs its backend" in result.stderr
+    assert "KERAS_BACKEND=jax" in result.stderr

@@ -50,13 +50,9 @@ def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -
         # Random, because a tower may divide by a norm.
         return jnp.where(np.isfinite(values), values, generator.normal(0, 0.05, values.shape)).astype(values.dtype)
 
-    trainable, others = tower.trainable_variables, tower.non_trainable_variables
-    outputs, _ = tower.stateless_call(
-        [finite(variable) for variable in trainable],
-        [finite(variable) for variable in others],
-        inputs,
-        training=False,
-    )
+    mapping = [(variable, finite(variable)) for variable in tower.variables]
+    with keras.StatelessScope(state_mapping=mapping):
+        outputs = tower(inputs, training=False)
     is_finite = np.isfinite(np.asarray(outputs, "float32")).reshape(len(sample_weight), -1).all(axis=1)
     rows = np.flatnonzero(~is_finite & (np.asarray(sample_weight) != 0))
     return int(rows[0]) if rows.size else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_rs_contrib.distribution import num_replicas
 from keras_rs_contrib.model.recommend import RecommendingModel
 
 
@@ -64,11 +65,13 @@ class SavedModel(RecommendingModel):
             return
         names.check(features_shape, names.of_query)
         # Dtypes are unknown. Ids are more frequent, and most layers take integers as well.
+        ids = dict.fromkeys(features_shape, "int32")
         try:
-            self._trace(features_shape, dict.fromkeys(features_shape, "int32"))
+            self._trace(features_shape, ids)
         except Exception:
+            numbers = {name: dtype if name == self.candidate_id else "float32" for name, dtype in ids.items()}
             try:
-                self._trace(features_shape, dict.fromkeys(features_shape, "float32"))
+                self._trace(features_shape, numbers)
             except Exception as error:
                 raise ValueError(
                     "The towers must take features of the given shapes. Received: "
@@ -76,11 +79,12 @@ class SavedModel(RecommendingModel):
                 ) from error
 
     def _trace(self, shapes: dict[str, Any], dtypes: dict[str, str]) -> None:
-        used = {name: shape for name, shape in shapes.items() if name in dtypes}
-        # Keras makes up the size of the batch.
-        self.compute_output_spec(
-            {name: keras.KerasTensor((None, *shape[1:]), dtypes[name]) for name, shape in used.items()}
-        )
+        # Any size of the batch will do that the devices divide.
+        size = num_replicas()
+        tensors = {
+            name: keras.KerasTensor((size, *shapes[name][1:]), dtypes[name]) for name in dtypes if name in shapes
+        }
+        self.compute_output_spec(tensors)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the model's own weights, and refreshes the index first if possible."""
@@ -109,6 +113,9 @@ class SavedModel(RecommendingModel):
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         """Loads the weights: see `keras.Model.load_weights`. Raises `ValueError` if the model has none yet."""
         self._check_has_weights()
+        if self.compiled and not self.optimizer.built:
+            # Keras would skip the state of the optimizer.
+            self.optimizer.build(self.trainable_variables)
         super().load_weights(*args, **kwargs)
 
     def _check_has_weights(self) -> None:

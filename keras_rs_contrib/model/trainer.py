@@ -190,6 +190,7 @@ class PaddedModel(RecoveringModel):
         """
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
         x = self.model_inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
+        check_mesh(self.variables)
         with WeightGuard(self) as guard, self._setting(_is_retrieving=True):
             callbacks = _with_callbacks(callbacks, _RefreshIndex(), guard)
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
@@ -215,6 +216,7 @@ class PaddedModel(RecoveringModel):
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
         x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
+        check_mesh(self.variables)
         # Keras resets the metrics itself from 3.15 on.
         self.reset_metrics()
         return super().test_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
@@ -223,6 +225,7 @@ class PaddedModel(RecoveringModel):
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
         x, _, sample_weight = self.model_inputs.batch(x, queries_only=True)
+        check_mesh(self.variables)
         is_present = sample_weight != 0
         with self._setting(_is_retrieving=True):
             outputs = super().predict_on_batch(x)

@@ -73,7 +73,7 @@ class Frames(keras.utils.PyDataset):
         return 3
 
     def __getitem__(self, number):
-        return frame(**UNUSED)[32 * number : 32 * number + 32]
+        return dict(frame(**UNUSED)[32 * number : 32 * number + 32])
 
 
 @pytest.mark.parametrize("source", [Frames, lambda: pad_batches(frame(), batch_size=32)])
@@ -143,6 +143,9 @@ class Names(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.embedding = embedding()
+
+    def build(self, input_shape):
+        self.embedding.build(input_shape["user"])
 
     def call(self, features):
         assert isinstance(features, dict)
