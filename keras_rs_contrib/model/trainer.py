@@ -14,6 +14,7 @@ from keras_rs_contrib.distribution import check_mesh
 from keras_rs_contrib.model.failed_builds import RecoveringModel
 from keras_rs_contrib.model.feature_names import is_missing, names_in, select
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
+from keras_rs_contrib.model.row_rates import with_row_rates
 from keras_rs_contrib.model.weight_guard import WeightGuard
 
 
@@ -116,7 +117,7 @@ class PaddedModel(RecoveringModel):
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=_with_callbacks(callbacks, _RefreshIndex(), stop, guard),
+                callbacks=_with_callbacks(with_row_rates(self, callbacks), _RefreshIndex(), stop, guard),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -284,11 +285,9 @@ class PaddedModel(RecoveringModel):
 
 def _with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
     """Returns the `callbacks` of `fit`, in any form, and those added."""
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
-    for callback in added:
-        callbacks.append(callback)
-    return callbacks
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
 
 
 class _RefreshIndex(keras.callbacks.Callback):  # type: ignore[misc]

@@ -21,6 +21,8 @@ class RowOptimizer:
 
     Args:
         learning_rate: positive float, or a `keras.optimizers.schedules.LearningRateSchedule` of the number of steps.
+            In `TwoTowerModel.fit`, a float changes by the same factor as the learning rate of the optimizer of
+            `compile`, which callbacks set: see `RowSparseEmbedding`. With a schedule, such callbacks are an error.
         clipnorm: positive float, or `None` for no clipping. The gradients of a row are summed over the batch. If the
             L2 norm of the sum is larger than `clipnorm`, the sum is scaled down to it.
 

@@ -25,6 +25,12 @@ class RowSparseEmbedding(ShardedEmbedding):
     number of rows in the table. The layer works in `fit` and with any Keras optimizer, which trains the other weights
     of the model. The learning rate, weight decay and clipping of that optimizer do not apply to the rows.
 
+    In `TwoTowerModel.fit`, callbacks that set the learning rate of the optimizer, such as
+    `keras.callbacks.LearningRateScheduler` and `ReduceLROnPlateau`, change that of the rows by the same factor. The
+    factor counts from the rates at the start of `fit`: compile the optimizer with the rate that goes with that of the
+    row optimizer. In other models, such callbacks do not reach the rows. Set `layer.learning_rate` there, in a callback
+    of your own or between steps, or pass a schedule to the row optimizer.
+
     The slots of the row optimizer are weights of the layer, so they are saved and restored with it. They count as
     trainable weights, because Keras optimizers overwrite only trainable weights with the values that a step computes.
 
@@ -66,6 +72,8 @@ class RowSparseEmbedding(ShardedEmbedding):
     """
 
     is_trained_by_row = True
+    # The rates, of the optimizer of `compile` and of the rows, from which the factor between the two counts.
+    reference_rates: tuple[float, float] | None = None
 
     def __init__(
         self,
