@@ -19,7 +19,12 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
     Args:
         name: name of the metric.
         dtype: dtype of the sums.
+
+    Attributes:
+        higher_is_better: what callbacks with `mode="auto"`, such as `EarlyStopping`, assume of the metric.
     """
+
+    higher_is_better = True
 
     def __init__(self, name: str | None = None, dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
@@ -93,7 +98,8 @@ class _RankMetricAtK(RankMetric):
     # The metric's name without k.
     prefix: str
 
-    def __init__(self, k: int = 10, name: str | None = None, dtype: Any = None) -> None:
+    @explains_keywords
+    def __init__(self, k: int = 10, *, name: str | None = None, dtype: Any = None) -> None:
         self.k = positive_int(k, "k")
         super().__init__(name=name or f"{self.prefix}_at_{k}", dtype=dtype)
 
@@ -201,7 +207,8 @@ class MeanReciprocalRank(RankMetric):
     Reference: Voorhees, "The TREC-8 question answering track report", TREC 1999.
     """
 
-    def __init__(self, name: str | None = "mean_reciprocal_rank", dtype: Any = None) -> None:
+    @explains_keywords
+    def __init__(self, *, name: str | None = "mean_reciprocal_rank", dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
 
     def values(self, ranks: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -9,32 +10,34 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import explains_keywords, positive_int
 from keras_rs_contrib.distribution import axis_size
 from keras_rs_contrib.ids import check_corpus_ids
 from keras_rs_contrib.index import corpus
+from keras_rs_contrib.index.staleness import Staleness, stale_index
 from keras_rs_contrib.tables import layout
 from keras_rs_contrib.tables.padding import UnpaddedStore, add_table, pad_rows, padded_rows
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 
 
-class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
+class CandidateStore(Staleness):
     """The part of an index that holds, refreshes and saves its candidates.
 
     The candidates of an embedding tower are the tower's own table. Those of a feature tower are a weight with the
     tower's output for the corpus, and a checksum of the tower's weights that tells when it is stale.
 
     Attributes:
-        candidate_tower: the tower.
         candidate_ids: `[num_candidates]` int32 variable, or `None` if row numbers are the ids.
+        id_lookup: `[2, num_candidates]` int32 variable, the ids in ascending order and their rows, or `None`. Derived
+            from `candidate_ids`, and not saved: sorting a large corpus in each call would cost more than a search.
         exclude_ids: ids that are never returned, sorted.
         mesh_axis: the mesh axis over which the rows are split, or `None`.
         k: the number of candidates to return.
     """
 
-    candidate_tower: keras.layers.Layer
     candidate_ids: keras.Variable | None
+    id_lookup: keras.Variable | None = None
     exclude_ids: list[int]
     mesh_axis: str | None
     k: int
@@ -95,11 +98,6 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
             return int(self.candidate_tower.input_dim)
         return None if self._refreshed_embeddings is None else self._num_refreshed
 
-    @property
-    def has_candidates(self) -> bool:
-        """Whether the index of a feature tower has the tower's inputs, which are not saved with it."""
-        return self._candidates is not None
-
     def take_ids_from(self, feature: str) -> None:
         """Takes the ids of candidates from one of their features, now and in each `refresh` without `candidate_ids`.
 
@@ -141,6 +139,8 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
     def update_candidates(self, candidate_embeddings: Any, candidate_ids: Any = None) -> None:
         """Replaces the embeddings of an index over a feature tower; an error on a tied index.
 
+        The index counts as current until the tower changes.
+
         Args:
             candidate_embeddings: `[num_candidates, embedding_dim]` float, of the dimension of the index.
             candidate_ids: `[num_candidates]` ints, or `None` to keep the current ones.
@@ -161,8 +161,11 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
                 f"Received: shape {shape}. Pass one row for each candidate."
             )
         self._assign_corpus(candidate_embeddings, self._check_corpus(shape[0], candidate_ids))
+        if self.candidate_tower.built:
+            self._note_tower()
 
-    def refresh(self, candidates: Any = None, candidate_ids: Any = None, verbose: int | str = "auto") -> None:
+    @explains_keywords
+    def refresh(self, candidates: Any = None, candidate_ids: Any = None, *, verbose: int | str = "auto") -> None:
         """Runs the candidates through the tower again, for an index over a feature tower.
 
         A tied index is never stale, and does not change. If the tower fails, the old index remains.
@@ -201,40 +204,6 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
         self._embed_corpus(candidates, candidate_ids, verbose)
         self._keep(candidates)
 
-    def refresh_if_stale(self, verbose: int | str = "auto") -> None:
-        """Refreshes an index over a feature tower if the tower's weights have changed since the last refresh.
-
-        Args:
-            verbose: as in `refresh`.
-
-        Raises:
-            ValueError: if the index is stale and, after loading, has no candidates to refresh it with.
-        """
-        if self._tied or self._refreshed_embeddings is None:
-            return
-        current, known = self._current_checksum(), ops.convert_to_numpy(self.tower_checksum)
-        if np.array_equal(known, current):
-            return
-        if self.has_candidates:
-            self.refresh(verbose=verbose)
-        elif known.any():
-            raise ValueError(
-                "The candidate tower has changed since the last refresh of the index, and the index does not have the "
-                "tower's inputs, which are not saved with it. Received: a stale index. "
-                "Pass them: `model.retrieval.refresh(candidates)`."
-            )
-        else:
-            self.tower_checksum.assign(current)
-
-    def check_can_refresh(self) -> None:
-        """Raises `ValueError` if training would make the index stale with no way to refresh it."""
-        if not self._tied and not self.has_candidates:
-            raise ValueError(
-                "To validate while the candidate tower is trained, the index needs the tower's inputs for the whole "
-                "corpus. Received: a model whose index has none: they are not saved with it. "
-                "Pass them first: `model.retrieval.refresh(candidates)`."
-            )
-
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns which weights the index has."""
         table = self.candidate_embeddings
@@ -262,6 +231,8 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the corpus of a feature tower without padding rows, the ids, and the checksum."""
+        if not self.is_refreshed_by_model and self.is_stale:
+            warnings.warn(stale_index("the file holds the output of the old tower"), stacklevel=2)
         for number, variable in enumerate(self._own_variables()):
             unpadded = self._unpadded(store) if variable is self._refreshed_embeddings else store
             unpadded[str(number)] = variable
@@ -279,6 +250,8 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
         for number, variable in enumerate(variables[:num_saved]):
             unpadded = self._unpadded(store) if variable is self._refreshed_embeddings else store
             variable.assign(unpadded[str(number)])
+        if self.candidate_ids is not None:
+            self._assign_ids(ops.convert_to_numpy(self.candidate_ids))
 
     def _own_variables(self) -> list[keras.Variable]:
         checksum = [] if self._refreshed_embeddings is None else [self.tower_checksum]
@@ -292,10 +265,6 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
     def _keep(self, candidates: Any) -> None:
         # Hidden from Keras's attribute tracking, which would turn dicts into ones that a functional tower rejects.
         object.__setattr__(self, "_candidates", candidates)
-
-    def _current_checksum(self) -> np.ndarray[Any, Any]:
-        # Without the state of random generators, which inference does not use.
-        return corpus.checksum(self.candidate_tower.weights)
 
     def _check_corpus(self, num_candidates: int, candidate_ids: Any) -> Any:
         """Returns the ids of new candidates as int32, or `None` to keep the current ones, or raises."""
@@ -347,14 +316,14 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
         # Everything that can fail comes before the first assignment.
         embeddings = pad_rows(embeddings, padded_rows(num_candidates, self._row_multiple()))
         if candidate_ids is not None:
-            _replace(self.candidate_ids, candidate_ids)
+            self._assign_ids(candidate_ids)
         _replace(table, embeddings)
         self._num_refreshed = num_candidates
 
     def _embed_corpus(self, candidates: Any, candidate_ids: Any, verbose: int | str = "auto") -> None:
         """Assigns the tower's output for the candidates, and notes the weights that computed it."""
         self._assign_corpus(corpus.embed(self.candidate_tower, candidates, verbose), candidate_ids)
-        self.tower_checksum.assign(self._current_checksum())
+        self._note_tower()
 
     def _row_multiple(self) -> int:
         # A corpus has no optimizer slots, and is saved without padding: the least that the mesh in force needs.
@@ -366,17 +335,22 @@ class CandidateStore(keras.layers.Layer):  # type: ignore[misc]
             self, name, shape, "zeros", self._row_multiple(), self.mesh_axis, trainable=False, autocast=False
         )
         self._num_refreshed = shape[0]
-        # Of the tower's weights at the last refresh; zeros if unknown.
-        self.tower_checksum = self.add_weight(
-            shape=(2,), initializer="zeros", dtype="int32", trainable=False, autocast=False, name="tower_checksum"
-        )
+        self._add_checksum()
 
     def _add_candidate_ids(self, num_candidates: int, candidate_ids: Any = None) -> None:
         self.candidate_ids = self.add_weight(
             shape=(num_candidates,), initializer="zeros", dtype="int32", trainable=False, name="candidate_ids"
         )
+        self.id_lookup = self.add_weight(
+            shape=(2, num_candidates), initializer="zeros", dtype="int32", trainable=False, name="id_lookup"
+        )
         if candidate_ids is not None:
-            self.candidate_ids.assign(candidate_ids)
+            self._assign_ids(candidate_ids)
+
+    def _assign_ids(self, candidate_ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        order = np.argsort(candidate_ids)
+        _replace(self.candidate_ids, candidate_ids)
+        _replace(self.id_lookup, np.stack([candidate_ids[order], order.astype("int32")]))
 
     def _split_rows(self) -> None:
         table = self.candidate_embeddings
@@ -419,20 +393,38 @@ def check_candidates(
     return ids
 
 
-def check_k(k: int, num_candidates: int | None, num_excluded: int = 0) -> None:
-    """Raises `ValueError` if `k` exceeds the number of candidates that are not excluded."""
+def check_k(k: Any, num_candidates: int | None, num_excluded: int = 0) -> int:
+    """Returns `k` as an int, or raises an error.
+
+    Args:
+        k: the number of candidates to return.
+        num_candidates: the number of candidates.
+        num_excluded: how many of them are excluded.
+
+    Raises:
+        TypeError: if `k` is a list or an array.
+        ValueError: if `k` is no positive int, or exceeds the number of candidates that are not excluded.
+    """
     assert num_candidates is not None
+    if hasattr(k, "__len__") and not isinstance(k, str):
+        raise TypeError(
+            f"`k` is the number of candidates to return. Received: a list or an array (of type {type(k).__name__}). "
+            "Name excluded ids: `exclude_ids=`."
+        )
     remaining = num_candidates - num_excluded
-    if positive_int(k, "k") > remaining:
+    number = positive_int(k, "k")
+    if number > remaining:
         raise ValueError(
             "`k` must not exceed the number of candidates. Received: "
             f"k={k} for {num_candidates} candidates, {num_excluded} of them excluded. "
             f"Ask for at most {remaining}."
         )
+    return number
 
 
-def _replace(variable: keras.Variable, value: np.ndarray[Any, Any]) -> None:
-    """Assigns a value that may have another number of rows than before."""
+def _replace(variable: keras.Variable | None, value: np.ndarray[Any, Any]) -> None:
+    """Assigns a value that may have another number of candidates than before."""
+    assert variable is not None
     if tuple(value.shape) != tuple(variable.shape):
         # The conversion may fail, and must do so before the variable changes.
         value = ops.convert_to_tensor(value, dtype=variable.dtype)

@@ -11,6 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from keras import ops
 
 from keras_rs_contrib.tables.layout import TableLayout
 
@@ -73,10 +74,18 @@ def on_shards(function: Callable[..., Any], layout: TableLayout | None, *arrays:
         function: takes an `Exchange` and the parts; returns arrays with a row for each query of the device.
         layout: the layout of the table, or `None` on a single device.
         *arrays: pairs of what splits an array's rows, `"queries"`, `"table"` or `"nothing"`, and the array, or `None`.
+            The rows of a `"pairs"` array belong to queries, and its columns to rows of the table: each device gets the
+            rows of all queries that it scores.
     """
     if layout is None:
         return function(Exchange(None), *(array for _, array in arrays))
-    axes = {"queries": layout.batch_axis, "table": layout.row_axis, "nothing": None}
+    query_axis = None if layout.row_axis == layout.batch_axis else layout.batch_axis
+    axes = {
+        "queries": PartitionSpec(layout.batch_axis),
+        "table": PartitionSpec(layout.row_axis),
+        "pairs": PartitionSpec(query_axis, layout.row_axis),
+        "nothing": PartitionSpec(),
+    }
     num_queries = arrays[0][1].shape[0]
     # Keras feeds batches that divide over the devices; a layer that is called directly may see others.
     padding = -num_queries % layout.num_batch_shards
@@ -87,12 +96,42 @@ def on_shards(function: Callable[..., Any], layout: TableLayout | None, *arrays:
     result = jax.shard_map(
         functools.partial(function, Exchange(layout)),
         mesh=layout.mesh,
-        in_specs=tuple(PartitionSpec(axes[split]) for split, _ in arrays),
+        in_specs=tuple(axes[split] for split, _ in arrays),
         out_specs=PartitionSpec(layout.batch_axis),
         # After an exchange all shards of the row axis hold the same values, which JAX cannot see.
         check_vma=False,
-    )(*(jax.tree.map(padded, array) if split == "queries" and padding else array for split, array in arrays))
+    )(*(jax.tree.map(padded, array) if split in ("queries", "pairs") and padding else array for split, array in arrays))
     return jax.tree.map(lambda array: array[:num_queries], result)
+
+
+def gather_rows(table: Any, rows: Any, layout: TableLayout | None) -> Any:
+    """Returns some rows of a table, on every device.
+
+    Args:
+        table: `[num_rows, embedding_dim]`, laid out as `layout` says.
+        rows: `[n]` int32, in [0, num_rows).
+        layout: the layout of the table on a mesh, or `None` on a single device.
+
+    Returns:
+        `[n, embedding_dim]`, dtype of `table`.
+    """
+    if layout is None or layout.row_axis is None:
+        return ops.take(table, rows, axis=0)
+
+    def gather(rows: Any, shard: Any) -> Any:
+        own_rows = rows - Exchange(layout).first_row(shard.shape[0])
+        is_own = (own_rows >= 0) & (own_rows < shard.shape[0])
+        found = jnp.take(shard, own_rows, axis=0, mode="clip")
+        # Exact: each row is a sum of itself and zeros.
+        return lax.psum(jnp.where(is_own[:, None], found, 0), layout.row_axis)
+
+    return jax.shard_map(
+        gather,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(layout.row_axis)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(rows, table)
 
 
 def on_mesh(array: Any, layout: TableLayout | None) -> Any:

@@ -9,13 +9,20 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from keras_rs_contrib.index.candidate_rows import excluded_in_block, rows_in_shard, split_of
 from keras_rs_contrib.index.exchange import Exchange, on_shards
 from keras_rs_contrib.index.score_blocks import Search, in_blocks, score_block, to_keys
 
 
 @functools.partial(jax.jit, static_argnames=("search",))
 def ranks(
-    query_embeddings: Any, table: Any, target_rows: Any, search: Search, exclude_rows: Any = None, excluded: Any = None
+    query_embeddings: Any,
+    table: Any,
+    target_rows: Any,
+    search: Search,
+    exclude_rows: Any = None,
+    excluded: Any = None,
+    included: Any = None,
 ) -> Any:
     """Returns how many candidates rank before the target candidates of each query, in the order of `top_k`.
 
@@ -31,30 +38,43 @@ def ranks(
         exclude_rows: `[num_queries, m]` int32 rows that do not count for the query; those outside the table are
             ignored. `None` for none.
         excluded: `[num_rows]` bool, True for rows that do not count; or `None`.
+        included: the only rows that count for each query, as in `top_k`; or `None` for all.
 
     Returns:
-        int32, shape of `target_rows`, 0 is best. For a query with NaN, `search.num_candidates`.
+        int32, shape of `target_rows`, 0 is best. `search.num_candidates` for a query with NaN, and for target rows that
+        are no candidates, or left out by `excluded` or `included`.
     """
 
     def ranks_of_shard(
-        exchange: Exchange, queries: Any, target_rows: Any, exclude_rows: Any, shard: Any, excluded: Any
+        exchange: Exchange,
+        queries: Any,
+        target_rows: Any,
+        exclude_rows: Any,
+        included: Any,
+        shard: Any,
+        excluded: Any,
     ) -> Any:
         queries, target_rows = exchange.all_queries(queries), exchange.all_queries(target_rows)
         exclude_rows = exchange.all_queries(exclude_rows)
         num_rows = shard.shape[0]
         first_row = exchange.first_row(num_rows)
         rows = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-        counts = rows < search.num_candidates - first_row
-        if excluded is not None:
-            counts &= ~excluded[:, None]
+        is_candidate = rows < search.num_candidates - first_row
+        included = rows_in_shard(exchange, included, first_row, num_rows, search.num_candidates)
 
-        def count_in_block(block: Any, target_rows: Any, exclude_rows: Any) -> Any:
+        def count_in_block(block: Any, target_rows: Any, exclude_rows: Any, included: Any) -> Any:
+            left_out = excluded_in_block(excluded, included, num_rows)
+            counts = is_candidate if left_out is None else is_candidate & ~left_out
             scores = score_block(block, shard, search)
             columns = jnp.arange(block.shape[0], dtype=jnp.int32)
             own_rows = target_rows - first_row
             is_own = (own_rows >= 0) & (own_rows < num_rows)
-            own_scores = scores[jnp.clip(own_rows, 0, num_rows - 1), columns[:, None]]
+            own_rows_or_any = jnp.clip(own_rows, 0, num_rows - 1)
+            own_scores = scores[own_rows_or_any, columns[:, None]]
+            is_own &= jnp.broadcast_to(counts, scores.shape)[own_rows_or_any, columns[:, None]]
             target_keys = exchange.maximum(jnp.where(is_own, to_keys(own_scores), -jnp.inf))
+            # The shards add up their counts, so only one of them counts a target that is left out.
+            rank_of_none = jnp.where(first_row == 0, search.num_candidates, 0)
             keys = to_keys(scores)
             if exclude_rows is not None:
                 # NaN is neither above the target's score nor equal to it, however often the row is named.
@@ -65,13 +85,14 @@ def ranks(
             def count(target: tuple[Any, Any]) -> Any:
                 key, row = target
                 before = (keys > key) | ((keys == key) & (rows < row))
-                return jnp.sum(before & counts, axis=0, dtype=jnp.int32)
+                count = jnp.sum(before & counts, axis=0, dtype=jnp.int32)
+                return jnp.where(key == -jnp.inf, rank_of_none, count)
 
             if target_rows.shape[1] == 1:
                 return count((target_keys[:, 0], own_rows[:, 0]))[:, None]
             return lax.map(count, (target_keys.T, own_rows.T)).T
 
-        return exchange.total(in_blocks(count_in_block, num_rows, search, queries, target_rows, exclude_rows))
+        return exchange.total(in_blocks(count_in_block, num_rows, search, queries, target_rows, exclude_rows, included))
 
     counts = on_shards(
         ranks_of_shard,
@@ -79,6 +100,7 @@ def ranks(
         ("queries", query_embeddings),
         ("queries", target_rows.reshape(target_rows.shape[0], -1)),
         ("queries", exclude_rows),
+        (split_of(included), included),
         ("table", table),
         ("table", excluded),
     )

@@ -12,12 +12,14 @@ import keras_rs
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import check_type, explains_keywords, positive_int
 from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments, check_exclude_ids, to_int32
 from keras_rs_contrib.index import top_k
-from keras_rs_contrib.index.candidate_rows import excluded_rows, rows_of_ids
+from keras_rs_contrib.index.candidate_rows import check_known, excluded_rows, rows_of_ids, side_by_side
 from keras_rs_contrib.index.candidate_store import CandidateStore, check_candidates, check_k
-from keras_rs_contrib.index.exchange import on_mesh
+from keras_rs_contrib.index.exchange import Exchange, on_mesh
+from keras_rs_contrib.index.inclusion import Inclusion, Rows, check_only_one, check_shape, inclusion
+from keras_rs_contrib.index.listed_candidates import ranks_of_listed, top_k_of_listed
 from keras_rs_contrib.index.ranks import ranks
 from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, Search
 from keras_rs_contrib.scores import check_similarity, score_matrix
@@ -34,7 +36,8 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
 
     Called with query embeddings `[batch, embedding_dim]`, it returns `(scores, ids)`, both `[batch, k]`, float32 and
     int32, best first, equal scores by lower row; with `return_scores=False` the ids alone. `exclude_ids` names
-    candidates that are not returned for a query. `ranks` returns the rank of a candidate in a query's whole list.
+    candidates that are not returned for a query, `include_ids` the only ones that are. `ranks` returns the rank of a
+    candidate in a query's whole list.
 
     If every device holds the table, each scores its own part of the batch, without traffic. If the rows are split, the
     devices exchange their best k rows for each query. Scores are computed in blocks, and sums are float32 for any
@@ -58,9 +61,23 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         **kwargs: arguments of `keras.layers.Layer`.
     """
 
+    id_arguments = ("candidate_ids", "exclude_ids", "include_ids")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ShardedBruteForceRetrieval:
+        """Checks that all arguments but the tower come by name. Keras reads the signature of the constructor itself."""
+        if len(args) > 1:
+            raise TypeError(
+                "`ShardedBruteForceRetrieval` takes all arguments but the tower by name. Received: "
+                f"{len(args)} arguments without a name, the last of type {type(args[-1]).__name__}. "
+                "Create the index with `shard_candidates`."
+            )
+        index: ShardedBruteForceRetrieval = super().__new__(cls, *args, **kwargs)
+        return index
+
     def __init__(
         self,
         candidate_tower: keras.layers.Layer,
+        *,
         candidates: Any = None,
         candidate_ids: Any = None,
         exclude_ids: Iterable[int] = (),
@@ -72,6 +89,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         return_scores: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_type("candidate_tower", candidate_tower, keras.layers.Layer)
         k = positive_int(k, "k")
         block_size = None if block_size is None else positive_int(block_size, "block_size")
         _check_recall_target(recall_target)
@@ -109,61 +127,117 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         if self._tied:
             self._split_rows()
 
-    def call(self, query_embeddings: Any, exclude_ids: Any = None) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the index, with query embeddings alone by position."""
+        if len(args) > 1:
+            raise TypeError(
+                "An index takes query embeddings by position, and all other arguments by name. Received: "
+                f"{len(args)} arguments without a name, the last of type {type(args[-1]).__name__}. "
+                "Name excluded ids, `index(queries, exclude_ids=...)`; for another `k`, use `index.find(queries, k)`."
+            )
+        check_only_one(kwargs.get("include_ids"), None)
+        return super().__call__(*args, **kwargs)
+
+    def call(self, query_embeddings: Any, *, exclude_ids: Any = None, include_ids: Any = None) -> Any:
         """Returns the candidates with the highest scores for each query.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float.
             exclude_ids: `[batch, m]` int32, candidates that are not returned for the query, at the cost of a
                 top-(k + m). -1, and ids that no candidate has, have no effect. `None` for none.
+            include_ids: the only candidates to return, such as those in stock: `[m]` int32 for all queries, or
+                `[batch, m]`, for each query. -1, duplicates, and ids that no candidate has, have no effect. The result
+                is that of the whole corpus without all other candidates; the cost of a short list is that of its
+                candidates. `None` for all candidates.
 
         Returns:
             `(scores, ids)`, `[batch, k]` float32 and int32, best first, or the ids alone. If fewer than k candidates
             remain, the rest are -inf and -1. A query with NaN has NaN scores and ids -1.
 
         Raises:
-            ValueError: if the shape of the queries does not fit the table, or that of `exclude_ids` the queries.
+            ValueError: if the shape of the queries does not fit the table, or that of ids the queries.
         """
-        scores, ids = self.find(query_embeddings, self.k, exclude_ids)
+        scores, ids = self.find(query_embeddings, self.k, exclude_ids=exclude_ids, include_ids=include_ids)
         return (scores, ids) if self.return_scores else ids
 
-    def find(self, query_embeddings: Any, k: int, exclude_ids: Any = None) -> tuple[Any, Any]:
+    @explains_keywords
+    def find(
+        self,
+        query_embeddings: Any,
+        k: int,
+        *,
+        exclude_ids: Any = None,
+        include_ids: Any = None,
+        include_mask: Any = None,
+    ) -> tuple[Any, Any]:
         """Returns the `k` candidates with the highest scores, independent of the `k` and `return_scores` of the index.
 
         Args:
             query_embeddings: `[batch, embedding_dim]` float.
             k: positive int.
-            exclude_ids: `[batch, m]` int32, as in a call.
+            exclude_ids: `[batch, m]` ints, as in a call.
+            include_ids: `[m]` or `[batch, m]` ints, as in a call.
+            include_mask: `[num_candidates]` bool for all queries, or `[batch, num_candidates]`, for each query: True
+                for the rows of the index to return. An alternative to `include_ids`.
 
         Returns:
             `(scores, ids)`, `[batch, k]` float32 and int32, as in a call.
 
         Raises:
+            TypeError: if ids are not integers, or a mask is not of bools.
             ValueError: as in a call, and if `k` exceeds the number of candidates.
         """
         if not self.built:
             self.build(query_embeddings.shape)
+        if exclude_ids is not None:
+            exclude_ids = to_int32(exclude_ids, "exclude_ids")
         self._check_queries(query_embeddings, exclude_ids)
-        check_k(k, self.num_candidates)
-        search = self._search()
-        excluded = None
-        if len(self.exclude_ids) > MAX_DROPPED:
-            excluded = self._excluded_rows()
-        elif self.exclude_ids:
-            exclude_ids = self._with_own_exclude_ids(exclude_ids, ops.shape(query_embeddings)[0])
-        candidate_ids = None if self.candidate_ids is None else self.candidate_ids.value
+        if not isinstance(query_embeddings, jax.core.Tracer):
+            self.warn_if_stale()
+        k = check_k(k, self.num_candidates)
+        search, limits = self._search(), self._inclusion(query_embeddings, include_ids, include_mask)
+        queries = on_mesh(query_embeddings, search.layout)
+        table = ops.convert_to_tensor(self.candidate_embeddings)
+        candidate_ids = _value_on_mesh(self.candidate_ids, search)
+        if limits.listed_ids is not None:
+            scores, ids = top_k_of_listed(
+                queries,
+                table,
+                on_mesh(limits.listed_ids, search.layout),
+                k=k,
+                search=search,
+                candidate_ids=candidate_ids,
+                id_lookup=_value_on_mesh(self.id_lookup, search),
+                exclude_ids=on_mesh(exclude_ids, search.layout),
+                own_exclude_ids=self._own_exclude_ids(),
+            )
+            return scores, ids
+        # A mask that is needed anyway costs no more with the ids of the index.
+        drops_own = limits.excluded is None and len(self.exclude_ids) <= MAX_DROPPED
+        own = self._own_exclude_ids() if drops_own else None
+        exclude_ids = side_by_side(ops.shape(query_embeddings)[0], exclude_ids, limits.dropped_ids, own)
         scores, ids = top_k.top_k(
-            on_mesh(query_embeddings, search.layout),
-            ops.convert_to_tensor(self.candidate_embeddings),
+            queries,
+            table,
             k=k,
             search=search,
-            candidate_ids=on_mesh(candidate_ids, search.layout),
+            candidate_ids=candidate_ids,
             exclude_ids=on_mesh(exclude_ids, search.layout),
-            excluded=excluded,
+            excluded=None if drops_own else self._excluded_rows(limits),
+            included=limits.included,
         )
         return scores, ids
 
-    def ranks(self, query_embeddings: Any, candidate_ids: Any, exclude_ids: Any = None) -> Any:
+    @explains_keywords
+    def ranks(
+        self,
+        query_embeddings: Any,
+        candidate_ids: Any,
+        *,
+        exclude_ids: Any = None,
+        include_ids: Any = None,
+        include_mask: Any = None,
+    ) -> Any:
         """Returns the rank of candidates in each query's list of the whole corpus, without a top-k.
 
         The list is that of a call with `k` the number of candidates: the rank counts the candidates with a higher
@@ -173,13 +247,15 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             query_embeddings: `[batch, embedding_dim]` float.
             candidate_ids: `[batch]` int, the candidate of each query, or `[batch, n]` for several; -1 for none.
             exclude_ids: `[batch, m]` int, candidates that are not in the query's list, as in a call.
+            include_ids: `[m]` or `[batch, m]` int, the only candidates in the list, as in a call.
+            include_mask: an alternative to `include_ids`, as in `find`.
 
         Returns:
             int32, shape of `candidate_ids`; 0 is best and -1 the rank of none. The rank is the number of candidates if
-            the candidate is excluded, the query has NaN, or, while compiling, no candidate has the id.
+            the candidate is not in the list, the query has NaN, or, while compiling, no candidate has the id.
 
         Raises:
-            TypeError: if ids are not integers.
+            TypeError: if ids are not integers, or a mask is not of bools.
             ValueError: if shapes do not fit, or no candidate has an id.
         """
         if keras.backend.backend() != "jax":
@@ -193,6 +269,8 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         if exclude_ids is not None:
             exclude_ids = ops.convert_to_tensor(to_int32(exclude_ids, "exclude_ids"))
         self._check_queries(query_embeddings, exclude_ids)
+        if not isinstance(query_embeddings, jax.core.Tracer):
+            self.warn_if_stale()
         shape = tuple(candidate_ids.shape)
         if len(shape) not in (1, 2) or shape[0] != query_embeddings.shape[0]:
             raise ValueError(
@@ -200,31 +278,26 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
                 f"shape {shape} for {query_embeddings.shape[0]} queries. Pass a flat list, or rows filled with "
                 f"{NO_CANDIDATE}."
             )
-        search = self._search()
+        search, limits = self._search(), self._inclusion(query_embeddings, include_ids, include_mask)
         num_candidates = search.num_candidates
-        # All ids at once: looking them up sorts the corpus.
         ids = candidate_ids if len(shape) == 2 else ops.expand_dims(candidate_ids, 1)
-        all_ids = ids if exclude_ids is None else ops.concatenate([ids, exclude_ids], axis=1)
-        all_rows = rows_of_ids(all_ids, self.candidate_ids, num_candidates)
-        rows, exclude_rows = all_rows[:, : ids.shape[1]], None if exclude_ids is None else all_rows[:, ids.shape[1] :]
-        is_none = ops.equal(ids, NO_CANDIDATE)
-        _check_known(ids, rows, is_none, num_candidates)
-        unlisted = ops.equal(rows, num_candidates)
+        id_lookup = _value_on_mesh(self.id_lookup, search)
+        rows, is_none = rows_of_ids(ids, id_lookup, num_candidates), ops.equal(ids, NO_CANDIDATE)
+        check_known(ids, rows, is_none, num_candidates)
+        exclude_ids = side_by_side(ids.shape[0], exclude_ids, limits.dropped_ids)
+        exclude_rows = None if exclude_ids is None else rows_of_ids(exclude_ids, id_lookup, num_candidates)
+        queries = on_mesh(query_embeddings, search.layout)
+        table = ops.convert_to_tensor(self.candidate_embeddings)
+        rows, exclude_rows = on_mesh(rows, search.layout), on_mesh(exclude_rows, search.layout)
+        if limits.listed_ids is not None:
+            listed_ids, own = on_mesh(limits.listed_ids, search.layout), self._own_exclude_ids()
+            result = ranks_of_listed(queries, table, rows, listed_ids, search, id_lookup, exclude_rows, own)
+        else:
+            excluded = self._excluded_rows(limits)
+            result = ranks(queries, table, rows, search, exclude_rows, excluded, limits.included)
         if exclude_ids is not None:
-            unlisted = ops.logical_or(unlisted, top_k.contains(exclude_ids, ids))
-        excluded = None
-        if self.exclude_ids:
-            excluded = self._excluded_rows()
-            unlisted = ops.logical_or(unlisted, ops.take(excluded, ops.minimum(rows, num_candidates - 1), axis=0))
-        result = ranks(
-            on_mesh(query_embeddings, search.layout),
-            ops.convert_to_tensor(self.candidate_embeddings),
-            on_mesh(rows, search.layout),
-            search=search,
-            exclude_rows=on_mesh(exclude_rows, search.layout),
-            excluded=excluded,
-        )
-        result = ops.where(on_mesh(unlisted, search.layout), num_candidates, result)
+            is_excluded = on_mesh(top_k.contains(exclude_ids, ids), search.layout)
+            result = ops.where(is_excluded, num_candidates, result)
         result = ops.where(on_mesh(is_none, search.layout), NO_CANDIDATE, result)
         return ops.reshape(result, shape)
 
@@ -232,9 +305,11 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         """Returns the `[num_queries, num_candidates]` float32 scores by which the index ranks."""
         return score_matrix(query_embedding, candidate_embedding, self.similarity)
 
-    def compute_output_spec(self, query_embeddings: Any, exclude_ids: Any = None) -> Any:
+    def compute_output_spec(self, query_embeddings: Any, *, exclude_ids: Any = None, include_ids: Any = None) -> Any:
         """Returns the shapes and dtypes of the result."""
         self._check_queries(query_embeddings, exclude_ids)
+        if include_ids is not None:
+            check_shape("include_ids", include_ids, query_embeddings.shape[0])
         shape = (query_embeddings.shape[0], self.k)
         ids = keras.KerasTensor(shape, dtype="int32")
         return (keras.KerasTensor(shape, dtype="float32"), ids) if self.return_scores else ids
@@ -287,15 +362,30 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             layout=table_layout(self.candidate_embeddings),
         )
 
-    def _with_own_exclude_ids(self, exclude_ids: Any, num_queries: Any) -> Any:
-        own = ops.convert_to_tensor(self.exclude_ids, dtype="int32")
-        own = ops.broadcast_to(ops.expand_dims(own, 0), (num_queries, len(self.exclude_ids)))
-        return own if exclude_ids is None else ops.concatenate([exclude_ids, own], axis=1)
+    def _inclusion(self, query_embeddings: Any, include_ids: Any, include_mask: Any) -> Inclusion:
+        layout, table = table_layout(self.candidate_embeddings), self.candidate_embeddings
+        assert self.num_candidates is not None
+        rows = Rows(
+            num_candidates=self.num_candidates,
+            num_rows=table.shape[0],
+            num_shards=Exchange(layout).num_shards,
+            candidate_ids=self.candidate_ids,
+            id_lookup=self.id_lookup,
+            max_dropped=max(0, MAX_DROPPED - len(self.exclude_ids)),
+        )
+        return inclusion(include_ids, include_mask, query_embeddings.shape[0], rows)
 
-    def _excluded_rows(self) -> Any:
+    def _excluded_rows(self, limits: Inclusion) -> Any:
+        """Returns the mask of the rows that no query finds, `[num_rows]` bool, or `None` if there are none."""
+        if not self.exclude_ids:
+            return limits.excluded
         num_candidates, num_rows = self.num_candidates, self.candidate_embeddings.shape[0]
         assert num_candidates is not None
-        return excluded_rows(self.exclude_ids, self.candidate_ids, num_candidates, num_rows)
+        excluded = excluded_rows(self.exclude_ids, self.candidate_ids, num_candidates, num_rows)
+        return excluded if limits.excluded is None else ops.logical_or(excluded, limits.excluded)
+
+    def _own_exclude_ids(self) -> np.ndarray[Any, np.dtype[np.int32]] | None:
+        return np.array(self.exclude_ids, "int32") if self.exclude_ids else None
 
     def _check_queries(self, query_embeddings: Any, exclude_ids: Any = None) -> None:
         dimension = self.candidate_embeddings.shape[1]
@@ -315,6 +405,10 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             )
 
 
+def _value_on_mesh(variable: keras.Variable | None, search: Search) -> Any:
+    return None if variable is None else on_mesh(variable.value, search.layout)
+
+
 def _check_recall_target(recall_target: Any) -> None:
     if recall_target is None:
         return
@@ -326,18 +420,4 @@ def _check_recall_target(recall_target: Any) -> None:
         raise ValueError(
             "`recall_target` must be a share in (0, 1]. Received: "
             f"recall_target={recall_target!r}. Pass 0.95, for instance, or None for the exact top-k."
-        )
-
-
-def _check_known(candidate_ids: Any, rows: Any, is_none: Any, num_candidates: int) -> None:
-    """Raises `ValueError` if no candidate has one of the ids, unless they are traced."""
-    if isinstance(rows, jax.core.Tracer):
-        return
-    unknown = ops.convert_to_numpy(ops.logical_and(ops.equal(rows, num_candidates), ops.logical_not(is_none)))
-    if unknown.any():
-        row, column = np.argwhere(unknown)[0]
-        raise ValueError(
-            "`candidate_ids` must be ids of candidates. Received: "
-            f"{int(ops.convert_to_numpy(candidate_ids)[row, column])} in row {row}, which is none of the "
-            f"{num_candidates}. Pass {NO_CANDIDATE} for none."
         )

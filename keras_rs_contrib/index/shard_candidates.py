@@ -9,12 +9,14 @@ import keras
 import keras_rs
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.tables.layout import axis_of_rows, check_mesh_axis, check_rows_divide
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 
 
+@explains_keywords
 def shard_candidates(
     retrieval: keras_rs.layers.BruteForceRetrieval,
     candidate_tower: keras.layers.Layer,
@@ -31,7 +33,9 @@ def shard_candidates(
 
     The index of an embedding tower is the tower's own variable: there is no copy, a prediction uses the weights of the
     last training step, and the table is saved once. The index of any other tower is a weight that holds the tower's
-    output for `candidates`; `refresh()` computes it again after training.
+    output for `candidates`; `refresh()` computes it again after training. `TwoTowerModel` does so by itself. In a model
+    of your own, pass `RefreshCandidates(index)` to `fit`: `evaluate` and `predict` are compiled, and cannot tell that
+    the tower has changed. `index.is_stale` tells, and direct calls of the index and saving warn.
 
     Args:
         retrieval: a `keras_rs.layers.BruteForceRetrieval` without candidates; its `k`, `return_scores` and name are
@@ -88,7 +92,8 @@ def shard_candidates(
     if not isinstance(candidate_tower, keras.layers.Layer):
         raise TypeError(
             "`candidate_tower` must be a Keras layer or model. "
-            f"Received: {candidate_tower!r} (of type {type(candidate_tower).__name__}). Wrap it in a layer."
+            f"Received: {candidate_tower!r} (of type {type(candidate_tower).__name__}). "
+            "Pass the layer that embeds the candidates, and not its table or its output."
         )
     if is_table(candidate_tower) and candidates is not None:
         raise ValueError(

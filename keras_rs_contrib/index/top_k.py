@@ -18,6 +18,13 @@ from jax import numpy as jnp
 from keras import ops
 
 from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.index.candidate_rows import (
+    excluded_in_block,
+    ids_of_rows,
+    included_columns,
+    rows_in_shard,
+    split_of,
+)
 from keras_rs_contrib.index.exchange import Exchange, on_shards
 from keras_rs_contrib.index.score_blocks import LOWEST, Search, in_blocks, score_block, to_keys, without_padding
 from keras_rs_contrib.scores import score_matrix
@@ -28,12 +35,12 @@ MIN_TWO_LEVEL_SIZE = 2**16
 MAX_COMPARED_IDS = 256
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function on JAX. In eager mode, each operation would write a new copy of the scores."""
     return jax.jit(function, static_argnames=("k", "search")) if keras.backend.backend() == "jax" else function
 
 
-@_compiled
+@compiled
 def top_k(
     query_embeddings: Any,
     table: Any,
@@ -42,6 +49,7 @@ def top_k(
     candidate_ids: Any = None,
     exclude_ids: Any = None,
     excluded: Any = None,
+    included: Any = None,
 ) -> tuple[Any, Any]:
     """Returns the k candidates with the highest scores for each query, best first.
 
@@ -60,6 +68,8 @@ def top_k(
             a top-(k + m).
         excluded: `[num_rows]` bool, True for rows to exclude for all queries, including padding rows; or `None`. The
             cost does not depend on their number.
+        included: the only rows that are searched for each query, `[num_queries, m]` int32, where other numbers than
+            those of candidates stand for none, or `[num_queries, num_rows]` bool; or `None` for all.
 
     Returns:
         Scores `[num_queries, k]` float32 and ids `[num_queries, k]` int32. If fewer than k candidates remain, the other
@@ -69,12 +79,20 @@ def top_k(
         keys = to_keys(score_matrix(query_embeddings, table, search.similarity)[:, : search.num_candidates], ops)
         if excluded is not None:
             keys = ops.where(ops.expand_dims(excluded[: search.num_candidates], 0), -np.inf, keys)
+        if included is not None:
+            keys = ops.where(included_columns(included, search.num_candidates), keys, -np.inf)
         keys, rows = ops.top_k(keys, search.num_candidates)
         keys, rows = _without_excluded(keys, ops.cast(rows, "int32"), k, search, candidate_ids, exclude_ids)
-        return _result(query_embeddings, keys, rows, search.num_candidates, candidate_ids)
+        return results_of_rows(query_embeddings, keys, rows, search.num_candidates, candidate_ids)
 
     def top_k_of_shard(
-        exchange: Exchange, queries: Any, exclude_ids: Any, shard: Any, excluded: Any, candidate_ids: Any
+        exchange: Exchange,
+        queries: Any,
+        exclude_ids: Any,
+        included: Any,
+        shard: Any,
+        excluded: Any,
+        candidate_ids: Any,
     ) -> tuple[Any, Any]:
         queries, exclude_ids = exchange.all_queries(queries), exchange.all_queries(exclude_ids)
         num_rows = shard.shape[0]
@@ -83,14 +101,16 @@ def top_k(
         num_dropped = 0 if exclude_ids is None else exclude_ids.shape[1]
         num_found = min(k + num_dropped, num_rows)
 
-        def search_block(block: Any) -> tuple[Any, Any]:
+        included = rows_in_shard(exchange, included, first_row, num_rows, search.num_candidates)
+
+        def search_block(block: Any, included: Any) -> tuple[Any, Any]:
             scores = score_block(block, shard, search)
-            if excluded is None:
+            if excluded is None and included is None:
                 num_padding_rows = exchange.num_shards * num_rows - search.num_candidates
                 scores = without_padding(scores, search.num_candidates - first_row, num_padding_rows)
-            return _search(scores, num_found, excluded, search)
+            return _search(scores, num_found, excluded_in_block(excluded, included, num_rows), search)
 
-        keys, rows = in_blocks(search_block, num_rows, search, queries)
+        keys, rows = in_blocks(search_block, num_rows, search, queries, included)
         rows = rows + first_row
         if num_dropped:
             # Each shard keeps up to k rows: all k winners may be on one shard.
@@ -107,11 +127,12 @@ def top_k(
         search.layout,
         ("queries", query_embeddings),
         ("queries", exclude_ids),
+        (split_of(included), included),
         ("table", table),
         ("table", excluded),
         ("nothing", candidate_ids),
     )
-    return _result(query_embeddings, keys, rows, search.num_candidates, candidate_ids)
+    return results_of_rows(query_embeddings, keys, rows, search.num_candidates, candidate_ids)
 
 
 def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, Any]:
@@ -120,7 +141,7 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
     Args:
         scores: `[num_rows, num_queries]` float32.
         k: the number of rows.
-        excluded: `[num_rows]` bool, or `None`.
+        excluded: `[num_rows, 1]` or `[num_rows, num_queries]` bool, or `None`.
         search: settings of the search.
 
     Returns:
@@ -129,7 +150,7 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
 
     def all_keys() -> Any:
         keys = to_keys(scores)
-        return keys if excluded is None else jnp.where(excluded[:, None], -jnp.inf, keys)
+        return keys if excluded is None else jnp.where(excluded, -jnp.inf, keys)
 
     if search.recall_target is not None and _platform(search) == "tpu":
         keys, rows = lax.approx_max_k(all_keys().T, k, recall_target=search.recall_target)
@@ -235,7 +256,7 @@ def _without_excluded(
     """
     dropped = ops.greater_equal(rows, search.num_candidates)
     if exclude_ids is not None:
-        dropped = ops.logical_or(dropped, contains(exclude_ids, _ids(rows, candidate_ids)))
+        dropped = ops.logical_or(dropped, contains(exclude_ids, ids_of_rows(rows, candidate_ids)))
     keys, places = ops.top_k(ops.where(dropped, -np.inf, keys), k)
     return keys, ops.take_along_axis(rows, ops.cast(places, "int32"), axis=1)
 
@@ -257,13 +278,9 @@ def contains(sets: Any, ids: Any) -> Any:
     return jnp.take_along_axis(ordered, jnp.minimum(places, sets.shape[1] - 1), axis=1) == ids
 
 
-def _ids(rows: Any, candidate_ids: Any) -> Any:
-    if candidate_ids is None:
-        return rows
-    return ops.take(candidate_ids, ops.minimum(rows, candidate_ids.shape[0] - 1), axis=0)
-
-
-def _result(query_embeddings: Any, keys: Any, rows: Any, num_candidates: int, candidate_ids: Any) -> tuple[Any, Any]:
+def results_of_rows(
+    query_embeddings: Any, keys: Any, rows: Any, num_candidates: int, candidate_ids: Any
+) -> tuple[Any, Any]:
     """Returns the scores and ids of the rows that the search has found."""
     has_nan = ops.any(ops.isnan(query_embeddings), axis=1, keepdims=True)
     # An approximate search may return padding rows.
@@ -272,7 +289,7 @@ def _result(query_embeddings: Any, keys: Any, rows: Any, num_candidates: int, ca
     result_scores = ops.where(ops.greater(keys, LOWEST), keys, -np.inf)
     return (
         ops.where(has_nan, np.nan, result_scores),
-        ops.where(found, _ids(rows, candidate_ids), np.int32(NO_CANDIDATE)),
+        ops.where(found, ids_of_rows(rows, candidate_ids), np.int32(NO_CANDIDATE)),
     )
 
 

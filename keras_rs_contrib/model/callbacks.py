@@ -1,4 +1,4 @@
-"""Callbacks that refresh an index, and that evaluate queries with several positives."""
+"""Callbacks that refresh an index or evaluate queries, and what callbacks of Keras need to know of rank metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 import keras
 
+from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
 
 
 class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
-    """Refreshes an index before each validation and at the end of training.
+    """Refreshes an index before each validation or prediction, and at the end of training.
+
+    A model of your own that contains the index of a feature tower needs it: training changes the tower, and not the
+    index. `TwoTowerModel` refreshes its index by itself.
 
     The index of an embedding is never stale: it is left unchanged.
 
@@ -31,7 +35,8 @@ class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
     ```
     """
 
-    def __init__(self, index: ShardedBruteForceRetrieval, verbose: int | str = "auto") -> None:
+    @explains_keywords
+    def __init__(self, index: ShardedBruteForceRetrieval, *, verbose: int | str = "auto") -> None:
         super().__init__()
         if not isinstance(index, ShardedBruteForceRetrieval):
             raise TypeError(
@@ -43,11 +48,15 @@ class RefreshCandidates(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index, so that metrics use the current tower."""
-        self.index.refresh_if_stale(self.verbose)
+        self.index.refresh_if_stale(verbose=self.verbose)
+
+    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refreshes the index, so that predictions use the current tower."""
+        self.index.refresh_if_stale(verbose=self.verbose)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index, so that a model saved next holds a current index."""
-        self.index.refresh_if_stale(self.verbose)
+        self.index.refresh_if_stale(verbose=self.verbose)
 
 
 class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
@@ -58,9 +67,10 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         query_features: dict of `[num_queries, ...]` arrays, as in `TwoTowerModel.evaluate_queries`.
-        positive_ids: `[num_queries, m]` ints, positives of each query, padded with -1.
-        exclude_ids: `[num_queries, n]` ints, excluded ids of each query, padded with -1, or `None`.
+        positive_ids: ints with a row for each query, its positives, in any form that `evaluate_queries` takes.
+        exclude_ids: ints with a row for each query, its excluded ids, or `None`.
         metrics: rank metrics. By default, `corpus_metrics` of the model.
+        include_ids: the only ids in the lists, flat for all queries, or with a row for each; or `None` for all.
         epochs: the epochs after which to evaluate, counted from 1; `None` for all.
         prefix: prefix of the names in the logs.
 
@@ -72,12 +82,15 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
     ```
     """
 
+    @explains_keywords
     def __init__(
         self,
         query_features: dict[str, Any],
         positive_ids: Any,
         exclude_ids: Any = None,
         metrics: Iterable[RankMetric] | None = None,
+        *,
+        include_ids: Any = None,
         epochs: Iterable[int] | None = None,
         prefix: str = "val_query_",
     ) -> None:
@@ -85,6 +98,7 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         self.query_features = query_features
         self.positive_ids = positive_ids
         self.exclude_ids = exclude_ids
+        self.include_ids = include_ids
         self.rank_metrics = None if metrics is None else list(metrics)
         self.epochs = None if epochs is None else frozenset(epochs)
         self.prefix = prefix
@@ -104,6 +118,34 @@ class EvaluateQueries(keras.callbacks.Callback):  # type: ignore[misc]
         if logs is None or (self.epochs is not None and epoch + 1 not in self.epochs):
             return
         values = self.model.evaluate_queries(
-            self.query_features, self.positive_ids, self.exclude_ids, self.rank_metrics, verbose=0
+            self.query_features,
+            self.positive_ids,
+            self.exclude_ids,
+            include_ids=self.include_ids,
+            metrics=self.rank_metrics,
+            verbose=0,
         )
         logs.update({f"{self.prefix}{name}": value for name, value in values.items()})
+
+
+def set_modes(callbacks: Any, metrics: Iterable[RankMetric]) -> None:
+    """Sets the `mode` of callbacks that monitor rank metrics, such as `EarlyStopping`, where it is "auto".
+
+    Keras finds the direction only of metrics of `compile`, and raises for all others.
+
+    Args:
+        callbacks: as in `fit`.
+        metrics: the corpus metrics of the model.
+    """
+    callbacks = getattr(callbacks, "callbacks", callbacks)
+    callbacks = [] if callbacks is None else keras.tree.flatten(callbacks)
+    metrics = list(metrics)
+    in_logs = [(prefix, metric) for metric in metrics for prefix in ("", "val_")]
+    for callback in callbacks:
+        if isinstance(callback, EvaluateQueries):
+            own_metrics = metrics if callback.rank_metrics is None else callback.rank_metrics
+            in_logs += [(callback.prefix, metric) for metric in own_metrics]
+    modes = {f"{prefix}{metric.name}": "max" if metric.higher_is_better else "min" for prefix, metric in in_logs}
+    for callback in callbacks:
+        if getattr(callback, "mode", None) == "auto":
+            callback.mode = modes.get(str(getattr(callback, "monitor", None)), "auto")

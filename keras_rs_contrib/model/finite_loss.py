@@ -58,20 +58,20 @@ def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -
     return int(rows[0]) if rows.size else None
 
 
-def no_embedding(kind: str, where: str, features: dict[str, Any], row: str) -> str:
+def no_embedding(kind: str, row: str, features: dict[str, Any], seen: str = "") -> str:
     """Returns the error message for an embedding that is not finite.
 
     Args:
         kind: `"query"` or `"candidate"`.
-        where: what shows it, such as `"loss=nan"`.
-        features: the features of the row.
         row: which row it is.
+        features: the features of the row.
+        seen: what has shown it, such as `"loss=nan, "`.
     """
     listed = ", ".join(f"{name}={np.array2string(np.asarray(x), threshold=8)}" for name, x in features.items())
     return (
-        f"The embedding of each {kind} must be finite. Received: {where}; the {kind} tower returns NaN or infinity for "
-        f"{row}, with the features {listed}. Leave such rows out, or let the tower handle them: an average over an "
-        "empty history, for instance, divides by 0."
+        f"The embedding of each {kind} must be finite. Received: {seen}NaN or infinity for {row}, with the features "
+        f"{listed}. Leave such rows out, or let the tower handle them: an average over an empty history, for instance, "
+        "divides by 0."
     )
 
 

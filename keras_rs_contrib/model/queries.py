@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
+from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
 
 # Queries that are embedded and searched at once.
 QUERIES_AT_ONCE = 4096
+# Ids, or bools of masks, of the queries that are searched at once: 256 MiB of ids.
+MAX_VALUES_AT_ONCE = 2**26
 
 
 class CheckedQueries(NamedTuple):
@@ -21,12 +25,13 @@ class CheckedQueries(NamedTuple):
 
     Attributes:
         features: the features of the query tower, `[num_queries, ...]` arrays by name.
-        exclude_ids: `[num_queries, m]` int32, candidates that are not returned for a query, or `None`.
+        limits: which candidates may be found: the arguments `exclude_ids`, `include_ids` and `include_mask` of a
+            search, by name. `[num_queries, m]` arrays, flat arrays for all queries, or `None`.
         number: the number of queries.
     """
 
     features: dict[str, Any]
-    exclude_ids: np.ndarray[Any, np.dtype[np.int32]] | None
+    limits: dict[str, np.ndarray[Any, Any] | None]
     number: int
 
     def search(
@@ -35,39 +40,103 @@ class CheckedQueries(NamedTuple):
         """Returns the results of `function` for all queries, called with some of them at a time.
 
         Args:
-            function: takes features, excluded ids and rows of `arrays`, and returns arrays with a row for each query.
+            function: takes features, limits and rows of `arrays`, and returns arrays with a row for each query.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
             *arrays: `[num_queries, ...]`.
         """
         if verbose == "auto":
             verbose = int(self.number > 16 * QUERIES_AT_ONCE)
         progress = keras.utils.Progbar(self.number, verbose=verbose, unit_name="query")
+        widths = [array.shape[1] for array in self.limits.values() if array is not None and array.ndim == 2]
+        at_once = max(1, min(QUERIES_AT_ONCE, MAX_VALUES_AT_ONCE // max(1, *widths, 1)))
         parts = []
         # At least once, for the shapes of the result.
-        for start in range(0, max(self.number, 1), QUERIES_AT_ONCE):
-            rows = slice(start, start + QUERIES_AT_ONCE)
+        for start in range(0, max(self.number, 1), at_once):
+            rows = slice(start, start + at_once)
             features = {name: values[rows] for name, values in self.features.items()}
-            exclude_ids = None if self.exclude_ids is None else self.exclude_ids[rows]
-            results = function(features, exclude_ids, *(array[rows] for array in arrays))
+            limits = {
+                name: array if array is None or array.ndim == 1 else array[rows] for name, array in self.limits.items()
+            }
+            results = function(features, limits, *(array[rows] for array in arrays))
             parts.append([np.asarray(result) for result in results])
-            progress.update(min(start + QUERIES_AT_ONCE, self.number))
+            progress.update(min(start + at_once, self.number))
         return [np.concatenate(results) for results in zip(*parts, strict=True)]
 
 
+def with_batch_axis(features: Any, names: list[str]) -> Any:
+    """Returns the features of queries with a batch axis, which those of a single query may lack.
+
+    Args:
+        features: arrays by name. If one of them is a single number, they are those of one query.
+        names: the features of the query tower.
+    """
+    if not isinstance(features, dict) or not any(np.ndim(features[name]) == 0 for name in names if name in features):
+        return features
+    features = dict(features)
+    for name in names:
+        values = np.asarray(features[name]) if name in features else np.empty(1)
+        if values.ndim == 0 or len(values) != 1:
+            features[name] = values[None]
+    return features
+
+
 def check_query_rows(ids: Any, name: str, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Returns ids as `[num_queries, m]` int32.
+    """Returns the ids of each query as `[num_queries, m]` int32, padded with -1.
+
+    Args:
+        ids: ints with a row for each query, as an array, a tensor or a data frame; or a list, or a series, of lists or
+            sets of different lengths. For a single query, flat ints too.
+        name: name of the ids in error messages.
+        num_queries: the number of queries.
 
     Raises:
         TypeError: if they are not integers.
         ValueError: if they do not have a row for each query.
     """
-    rows = check_candidate_ids(ids, name)
+    rows = _to_array(ids, name)
+    if rows.ndim == 1 and (num_queries == 1 or not rows.size):
+        return np.broadcast_to(rows, (num_queries, rows.size))
+    if rows.ndim == 1:
+        raise ValueError(
+            f"`{name}` needs a row for each query. Received: a flat list of {rows.size} ids for {num_queries} queries. "
+            "Pass a list of lists, such as [[1, 2], [3]], or `group_candidate_ids`; "
+            f"for the same ids in each row, `np.tile(ids, ({num_queries}, 1))`."
+        )
     if rows.ndim != 2 or len(rows) != num_queries:
         raise ValueError(
             f"`{name}` needs a row for each query. Received: "
             f"shape {rows.shape} for {num_queries} queries. Create the rows with `group_candidate_ids`."
         )
     return rows
+
+
+def check_limits(
+    exclude_ids: Any, include_ids: Any, include_mask: Any, num_queries: int, num_candidates: int | None
+) -> dict[str, np.ndarray[Any, Any] | None]:
+    """Returns which candidates may be found, as in `CheckedQueries`.
+
+    Args:
+        exclude_ids: as in `check_query_rows`, or `None`.
+        include_ids: the same, or flat ints for all queries.
+        include_mask: bools, `[num_candidates]` or `[num_queries, num_candidates]`, or `None`.
+        num_queries: the number of queries.
+        num_candidates: the number of candidates, or `None` if it is unknown.
+
+    Raises:
+        TypeError: if ids are not integers, or a mask is not of bools.
+        ValueError: if shapes do not fit, or both `include_ids` and `include_mask` are given.
+    """
+    check_only_one(include_ids, include_mask)
+    if exclude_ids is not None:
+        exclude_ids = check_query_rows(exclude_ids, "exclude_ids", num_queries)
+    if include_ids is not None:
+        include_ids = _to_array(include_ids, "include_ids")
+        if include_ids.ndim != 1:
+            include_ids = check_query_rows(include_ids, "include_ids", num_queries)
+    if include_mask is not None:
+        include_mask = np.asarray(include_mask)
+        check_mask(include_mask, num_queries, num_candidates)
+    return {"exclude_ids": exclude_ids, "include_ids": include_ids, "include_mask": include_mask}
 
 
 def check_positive_rows(ids: Any, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -96,3 +165,46 @@ def metrics_of_ranks(metrics: Iterable[RankMetric], ranks: np.ndarray[Any, Any])
         metric.update_state(ranks)
         result[metric.name] = float(metric.result())
     return result
+
+
+def _to_array(ids: Any, name: str) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Returns ids as int32: flat ids flat, and rows of any lengths padded with -1 to the longest."""
+    if hasattr(ids, "to_list"):
+        # A series of pandas, or a ragged tensor of TensorFlow.
+        ids = ids.to_list()
+    if hasattr(ids, "shape"):
+        array = ops.convert_to_numpy(ids) if ops.is_tensor(ids) else np.asarray(ids)
+        if array.dtype != object or array.ndim != 1:
+            return check_candidate_ids(array, name)
+        ids = array
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+        raise TypeError(f"`{name}` must be lists of ids. Received: {ids!r}. Pass a list, such as [42].")
+    ids = list(ids)
+    if not any(map(_is_row, ids)):
+        return check_candidate_ids(ids, name)
+    rows = list(_rows(ids, name))
+    lengths = np.array([len(row) for row in rows])
+    result = np.full((len(rows), lengths.max()), NO_CANDIDATE, np.int32)
+    result[np.arange(result.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return result
+
+
+def _is_row(value: Any) -> bool:
+    # A tensor without dimensions is iterable only in name.
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+
+
+def _rows(rows: list[Any], name: str) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
+    for number, row in enumerate(rows):
+        if not _is_row(row):
+            raise TypeError(
+                f"`{name}` needs a list of ids for each query. Received: {row!r} for query {number}. "
+                "Pass [] for a query without ids."
+            )
+        ids = check_candidate_ids(row if hasattr(row, "shape") else list(row), name)
+        if ids.ndim != 1:
+            raise ValueError(
+                f"`{name}` needs a flat list of ids for each query. Received: shape {ids.shape} for query {number}. "
+                "Flatten it."
+            )
+        yield ids

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_rs_contrib import _keras, batches, columns
 from keras_rs_contrib.distribution import check_mesh
@@ -195,6 +196,7 @@ class PaddedModel(RecoveringModel):
         with WeightGuard(self) as guard, self._setting(_is_retrieving=True):
             callbacks = _with_callbacks(callbacks, _RefreshIndex(), guard)
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
+            self._check_predictions(outputs, x)
         is_padding = x.is_padding(len(keras.tree.flatten(outputs)[0]))
         if is_padding.any():
             outputs = keras.tree.map_structure(lambda output: output[~is_padding], outputs)
@@ -225,27 +227,47 @@ class PaddedModel(RecoveringModel):
     def predict_on_batch(self, x: Any) -> Any:
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
+        data = x
         x, _, sample_weight = self.model_inputs.batch(x, queries_only=True)
         check_mesh(self.variables)
-        is_present = sample_weight != 0
         with self._setting(_is_retrieving=True):
             outputs = super().predict_on_batch(x)
-        return keras.tree.map_structure(lambda output: output[is_present], outputs)
+        is_present = sample_weight != 0
+        outputs = keras.tree.map_structure(lambda output: np.asarray(output)[is_present], outputs)
+        if any(np.isnan(output).any() for output in keras.tree.flatten(outputs)):
+            # Names the row.
+            self.predict(data, batch_size=len(is_present), verbose=0)
+        return outputs
 
     def _not_finite(self, name: str, loss: float, epoch: int | None, read: batches.PaddedBatches) -> str:
         """Returns the error message for a loss that is not finite, after batches were read."""
-        where = f"{name}={loss}" if epoch is None else f"{name}={loss} in epoch {epoch + 1}"
+        seen = f"{name}={loss}" if epoch is None else f"{name}={loss} in epoch {epoch + 1}"
+        found = self._row_without_embedding(read, ("query", "candidate"))
+        return not_finite(self.trainable_variables, seen) if found is None else no_embedding(*found, f"{seen}, and ")
+
+    def _row_without_embedding(
+        self, read: batches.PaddedBatches, kinds: tuple[str, ...]
+    ) -> tuple[str, str, dict[str, Any]] | None:
+        """Returns the kind, the place and the features of the first row whose embedding is not finite, or `None`."""
         names = self.model_inputs.names
-        towers = (("query", self.query_tower, names.query), ("candidate", self.candidate_tower, names.candidate))
+        towers = {"query": (self.query_tower, names.query), "candidate": (self.candidate_tower, names.candidate)}
         with contextlib.suppress(ValueError):
             # A generator cannot be read again.
             for number, (features, _, sample_weight) in zip(range(len(read.sizes)), read.unshuffled(), strict=False):
-                for kind, tower, used in towers:
-                    found = row_not_finite(tower, select(features, used), sample_weight)
-                    if found is not None:
-                        values = {each: features[each][found] for each in names_in(used)}
-                        return no_embedding(kind, where, values, f"row {found} of batch {number}")
-        return not_finite(self.trainable_variables, where)
+                for kind in kinds:
+                    tower, used = towers[kind]
+                    row = row_not_finite(tower, select(features, used), sample_weight)
+                    if row is not None:
+                        values = {each: np.asarray(features[each])[row] for each in names_in(used)}
+                        return kind, f"row {row} of batch {number}", values
+        return None
+
+    def _check_predictions(self, outputs: Any, read: batches.PaddedBatches) -> None:
+        scores = [output for output in keras.tree.flatten(outputs) if np.issubdtype(output.dtype, np.floating)]
+        if self.check_inputs and any(np.isnan(output).any() for output in scores):
+            found = self._row_without_embedding(read, ("query",))
+            if found is not None:
+                raise ValueError(no_embedding(*found))
 
     @contextlib.contextmanager
     def _setting(self, **attributes: Any) -> Iterator[None]:

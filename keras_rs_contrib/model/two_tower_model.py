@@ -319,7 +319,8 @@ class TwoTowerModel(ModelWithObjective):
         assert self.retrieval is not None
         assert self.candidate_id is not None
         names.check(features, [self.candidate_id])
-        result["ranks"] = self.retrieval.ranks(query_embeddings, flat(features[self.candidate_id]), exclude_ids)
+        candidate_ids = flat(features[self.candidate_id])
+        result["ranks"] = self.retrieval.ranks(query_embeddings, candidate_ids, exclude_ids=exclude_ids)
         return result
 
     def _embed(self, features: dict[str, Any], candidates: Any, training: bool | None) -> Any:
