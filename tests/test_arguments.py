@@ -13,7 +13,10 @@ from keras_rs_contrib import (
     MixedNegatives,
     NDCGAtK,
     RecallAtK,
+    RowSparseEmbedding,
+    ShardedEmbedding,
     StreamingSamplingProbability,
+    TwoTowerModel,
 )
 
 EMBEDDINGS = np.eye(3, 4, dtype="float32")
@@ -114,3 +117,16 @@ def test_signatures_show_the_names(layer):
     function = layer.update_state if layer is RecallAtK else layer.__init__
     parameters = inspect.signature(function).parameters.values()
     assert any(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ShardedEmbedding(10, 4, "zeros"),
+        lambda: RowSparseEmbedding(10, 4, "adagrad", "zeros"),
+        lambda: TwoTowerModel(*[keras.layers.Embedding(10, 4)] * 2, "user", "movie", "movie"),
+    ],
+)
+def test_constructors_take_their_own_options_by_name(call):
+    with pytest.raises(TypeError, match=r"by position. Received: \d arguments by position. Name the others"):
+        call()

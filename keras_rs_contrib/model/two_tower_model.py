@@ -10,7 +10,7 @@ import keras
 import keras_rs
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib.arguments import check_type, explains_keywords
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.configuration import (
     check_corpus_positives,
@@ -122,12 +122,14 @@ class TwoTowerModel(ModelWithObjective):
     ```
     """
 
+    @explains_keywords
     def __init__(
         self,
         query_tower: keras.layers.Layer,
         candidate_tower: keras.layers.Layer,
         query_features: str | Sequence[str],
         candidate_features: str | Sequence[str],
+        *,
         candidate_id: str | None = None,
         label: str | None = None,
         task: DistributedTwoTowerTask | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import layout_axes
 from keras_rs_contrib.tables import row_optimizers, row_update
 from keras_rs_contrib.tables.layout import axis_of_rows, has_axis, table_layout
@@ -75,11 +76,13 @@ class RowSparseEmbedding(ShardedEmbedding):
     # The rates, of the optimizer of `compile` and of the rows, from which the factor between the two counts.
     reference_rates: tuple[float, float] | None = None
 
+    @explains_keywords
     def __init__(
         self,
         input_dim: int,
         output_dim: int,
         optimizer: Any = "adagrad",
+        *,
         embeddings_initializer: Any = "uniform",
         mesh_axis: str | None = None,
         row_multiple: int = DEFAULT_ROW_MULTIPLE,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.arguments import explains_keywords, positive_int
 from keras_rs_contrib.distribution import check_layout
 from keras_rs_contrib.tables.dtypes import check_policy, quantization_message
 from keras_rs_contrib.tables.padding import (
@@ -69,10 +69,12 @@ class ShardedEmbedding(keras.layers.Embedding):  # type: ignore[misc]
     # Whether a row optimizer trains the table, in float32.
     is_trained_by_row = False
 
+    @explains_keywords
     def __init__(
         self,
         input_dim: int,
         output_dim: int,
+        *,
         mesh_axis: str | None = None,
         row_multiple: int = DEFAULT_ROW_MULTIPLE,
         **kwargs: Any,

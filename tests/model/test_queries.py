@@ -350,7 +350,9 @@ SLIPS = {
 @pytest.mark.parametrize("slip", SLIPS)
 def test_arguments_in_the_order_of_other_libraries_raise(model, slip):
     call, fix = SLIPS[slip]
-    with pytest.raises(TypeError, match=r"Received: .*(arguments by position|arguments without a name|a list or an array)") as error:
+    with pytest.raises(
+        TypeError, match=r"Received: .*(arguments by position|arguments without a name|a list or an array)"
+    ) as error:
         call(model, np.ones((2, DIMENSION), "float32"))
     assert fix in str(error.value)
 

@@ -167,7 +167,7 @@ def test_a_sharded_table_of_any_dtype_matches_a_plain_embedding(dtype):
     plain = keras.layers.Embedding(10, 4, "zeros", dtype=dtype, weights=table)
     for distribution in (None, data_parallel(8)):
         keras.distribution.set_distribution(distribution)
-        ours = ShardedEmbedding(10, 4, "batch", embeddings_initializer="zeros", dtype=dtype, weights=table)
+        ours = ShardedEmbedding(10, 4, mesh_axis="batch", embeddings_initializer="zeros", dtype=dtype, weights=table)
         found = ours(ids)
         assert found.dtype == plain(ids).dtype
         np.testing.assert_array_equal(found, plain(ids))
