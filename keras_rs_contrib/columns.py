@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -74,11 +75,9 @@ def as_array(values: Any, name: str) -> Any:
     if isinstance(values, np.ndarray) and values.dtype.kind == "O":
         # Such as a column of lists, or of Python integers.
         values = _stacked(list(values), name)
-    if hasattr(values, "shape") and not isinstance(getattr(values, "dtype", None), np.dtype):
-        # A tensor of JAX, TensorFlow or PyTorch.
-        return values
+    # A tensor of strings is left here.
     values = np.asarray(values)
-    if values.dtype.kind not in "iufb" or (own_dtype is not None and str(own_dtype) == "category"):
+    if not _is_number(values.dtype) or (own_dtype is not None and str(own_dtype) == "category"):
         raise ValueError(
             f"{name} must hold numbers, which JAX can compute with. Received: dtype "
             f"{values.dtype if own_dtype is None else own_dtype}. {_fix(own_dtype, values.dtype)}"
@@ -90,12 +89,12 @@ def _is_array_of_numbers(values: Any) -> bool:
     dtype = getattr(values, "dtype", None)
     if hasattr(values, "to_numpy") or not getattr(values, "shape", None):
         return False
-    return dtype.kind in "iufb" if isinstance(dtype, np.dtype) else not _holds_strings(dtype)
+    # Other libraries have their own dtypes.
+    return _is_number(dtype) if isinstance(dtype, np.dtype) else "string" not in str(dtype)
 
 
-def _holds_strings(dtype: Any) -> bool:
-    """Returns whether a dtype of another library is one of strings."""
-    return "string" in str(dtype)
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iufb" or bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _stacked(rows: Iterable[Any], name: str) -> np.ndarray[Any, Any]:
