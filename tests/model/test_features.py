@@ -8,6 +8,8 @@ import pytest
 from keras_rs_contrib import DistributedTwoTowerTask, RecallAtK, TwoTowerModel, pad_batches, shard_candidates
 from tests.conftest import data_parallel
 
+pytestmark = pytest.mark.slow
+
 pandas = pytest.importorskip("pandas")
 
 USERS, MOVIES = np.arange(96) % 20, np.arange(96) % 12

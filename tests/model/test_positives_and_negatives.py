@@ -15,6 +15,8 @@ from keras_rs_contrib import (
 )
 from tests.conftest import data_parallel
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 USERS, MOVIES = np.arange(24) % 20, RNG.integers(0, 12, 24)
 WATCHED = np.where(RNG.random((24, 4)) < 0.7, RNG.integers(0, 12, (24, 4)), -1)

@@ -8,6 +8,8 @@ import pytest
 from keras_rs_contrib import RowSGD, RowSparseEmbedding, ShardedEmbedding, TwoTowerModel, shard_candidates
 from tests.conftest import data_parallel
 
+pytestmark = pytest.mark.slow
+
 ROWS = 13
 RNG = np.random.default_rng(0)
 DATA = {"history": RNG.integers(0, ROWS, (48, 6)), "movie": RNG.integers(0, ROWS, 48)}

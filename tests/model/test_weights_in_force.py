@@ -14,6 +14,8 @@ from keras_rs_contrib import (
 )
 from tests.conftest import data_parallel
 
+pytestmark = pytest.mark.slow
+
 USERS, MOVIES = np.arange(64) % 20, np.arange(64) % 12
 DATA = {"user": USERS, "movie": MOVIES}
 QUERIES = {"user": np.arange(20)}
