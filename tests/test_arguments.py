@@ -123,7 +123,7 @@ def test_signatures_show_the_names(layer):
     "call",
     [
         lambda: ShardedEmbedding(10, 4, "zeros"),
-        lambda: RowSparseEmbedding(10, 4, "adagrad", "zeros"),
+        lambda: RowSparseEmbedding(10, 4, "adagrad", "zeros", "batch"),
         lambda: TwoTowerModel(*[keras.layers.Embedding(10, 4)] * 2, "user", "movie", "movie"),
     ],
 )

@@ -351,7 +351,7 @@ def test_lora_training_matches_a_plain_embedding(mesh):
     initializer = keras.initializers.RandomUniform(seed=2)
     expected = fit_lora(keras.layers.Embedding(19, 4, initializer))
     mesh_axis, _ = set_mesh(mesh)
-    losses = fit_lora(ShardedEmbedding(19, 4, mesh_axis, embeddings_initializer=initializer))
+    losses = fit_lora(ShardedEmbedding(19, 4, mesh_axis=mesh_axis, embeddings_initializer=initializer))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
