@@ -70,7 +70,8 @@ def as_array(values: Any, name: str) -> Any:
     if getattr(values, "shape", None) == () or np.isscalar(values):
         raise ValueError(
             f"{name} must have a row for each example. Received: the single value {values!r}. "
-            f"Pass an array, such as `np.full(num_rows, {values!r})`."
+            "Batch the dataset first: `dataset.batch(batch_size)`; or pass an array, such as "
+            f"`np.full(num_rows, {values!r})`."
         )
     if isinstance(values, np.ndarray) and values.dtype.kind == "O":
         # Such as a column of lists, or of Python integers.
