@@ -5,6 +5,8 @@ No other module imports `keras.src` or reads an attribute of a Keras object whos
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -30,8 +32,10 @@ __all__ = [
     "is_in_stateless_scope",
     "is_loading",
     "is_tracing_symbolically",
+    "num_calls_of_shared",
     "set_layout",
     "set_shape",
+    "sharing_objects",
     "sublayers",
     "uninitialized_variables",
 ]
@@ -51,7 +55,43 @@ def is_loading() -> bool:
     not for a file. Replacement: a public query, such as `keras.saving.is_loading()`.
     """
     # 2. Keras's global state is the only trace of a file being loaded.
-    return global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None
+    objects = global_state.get_global_attribute("shared_objects/id_to_obj_map")
+    return objects is not None and not isinstance(objects, _SharedObjects)
+
+
+class _SharedObjects(dict[int, Any]):
+    """The objects that a config outside of a file shares."""
+
+
+@contextlib.contextmanager
+def sharing_objects() -> Iterator[None]:
+    """Lets layers that occur several times in a config come back as one layer each, as Keras does within files.
+
+    Replacement: a public `keras.saving.ObjectSharingScope`.
+    """
+    # 2. The same global state.
+    names = ("shared_objects/id_to_obj_map", "shared_objects/id_to_config_map")
+    if global_state.get_global_attribute(names[0]) is not None:
+        yield
+        return
+    try:
+        for name in names:
+            global_state.set_global_attribute(name, _SharedObjects())
+        yield
+    finally:
+        for name in names:
+            global_state.set_global_attribute(name, None)
+
+
+def num_calls_of_shared(config: dict[str, Any]) -> int:
+    """Returns how many symbolic calls a layer has recorded that a config shares, or 0 if it has not been created yet.
+
+    Replacement: none is needed once `keras.Model.from_config` counts from the calls that a shared layer has recorded.
+    """
+    # 2. The same global state, and 10. the record of the calls, by whose position a functional model finds its tensors.
+    objects = global_state.get_global_attribute("shared_objects/id_to_obj_map") or {}
+    layer = objects.get(config.get("shared_object_id"))
+    return len(layer._inbound_nodes) if isinstance(layer, keras.layers.Layer) else 0
 
 
 def uninitialized_variables() -> list[keras.Variable]:

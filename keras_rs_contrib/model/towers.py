@@ -16,7 +16,13 @@ from keras_rs_contrib.tables.joined_lookups import with_joined_lookups
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 
 # Keras runs them in TensorFlow, which cannot be a part of a function that JAX compiles.
-TENSORFLOW_LAYERS = ("Hashing", "HashedCrossing", "IntegerLookup", "StringLookup", "TextVectorization")
+TENSORFLOW_LAYERS = (
+    keras.layers.Hashing,
+    keras.layers.HashedCrossing,
+    keras.layers.IntegerLookup,
+    keras.layers.StringLookup,
+    keras.layers.TextVectorization,
+)
 
 
 def embeddings_of(tower: keras.layers.Layer, inputs: Any, training: bool | None, name: str) -> Any:
@@ -104,7 +110,7 @@ def check_tower(name: str, tower: keras.layers.Layer, features: str | list[str])
         features: its features, of which it receives a list as a dict.
     """
     for layer in _keras.sublayers(tower):
-        if type(layer).__name__ in TENSORFLOW_LAYERS and isinstance(layer, keras.layers.Layer):
+        if isinstance(layer, TENSORFLOW_LAYERS):
             raise ValueError(
                 f"The layers of `{name}` must run on JAX. Received: {layer.name!r}, a `{type(layer).__name__}`, which "
                 "Keras runs in TensorFlow. Apply it in the input pipeline, and pass its result as a feature."

@@ -27,6 +27,7 @@ from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, fl
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.objective import ModelWithObjective
+from keras_rs_contrib.model.shared_layers import copy_of_config, deserialize_tower, record_shared_layers
 from keras_rs_contrib.model.towers import TowerCandidates, check_tower, embed_with_joined_lookups, embeddings_of
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
@@ -338,49 +339,47 @@ class TwoTowerModel(ModelWithObjective):
         """Returns the arguments of the constructor, serialized."""
         config: dict[str, Any] = super().get_config()
         serialize = keras.saving.serialize_keras_object
-        optional = {name: getattr(self, name) for name in OPTIONAL_LAYERS}
-        config.update(
-            # Before the query tower, which may share layers with the candidate tower.
-            candidate_tower=serialize(self.candidate_tower),
-            query_tower=serialize(self.query_tower),
-            task=serialize(self.task),
-            query_features=self.query_features,
-            candidate_features=self.candidate_features,
-            candidate_id=self.candidate_id,
-            label=self.label,
-            **{name: None if layer is None else serialize(layer) for name, layer in optional.items()},
-            exclude_feature=self.exclude_feature,
-            positive_feature=self.positive_feature,
-            negative_feature=self.negative_feature,
-            negative_probability_feature=self.negative_probability_feature,
-            batch_metrics=[serialize(metric) for metric in self.batch_metrics],
-            corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
-            corpus_positives=self.corpus_positives,
-            check_inputs=self.check_inputs,
-        )
+        with _keras.sharing_objects():
+            record_shared_layers(self.query_tower, self.candidate_tower)
+            config.update(
+                query_tower=serialize(self.query_tower),
+                candidate_tower=serialize(self.candidate_tower),
+                task=serialize(self.task),
+                query_features=self.query_features,
+                candidate_features=self.candidate_features,
+                candidate_id=self.candidate_id,
+                label=self.label,
+                exclude_feature=self.exclude_feature,
+                positive_feature=self.positive_feature,
+                negative_feature=self.negative_feature,
+                negative_probability_feature=self.negative_probability_feature,
+                batch_metrics=[serialize(metric) for metric in self.batch_metrics],
+                corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
+                corpus_positives=self.corpus_positives,
+                check_inputs=self.check_inputs,
+            )
+            for name in OPTIONAL_LAYERS:
+                layer = getattr(self, name)
+                config[name] = None if layer is None else serialize(layer)
         return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TwoTowerModel:
         """Returns the model that `get_config` describes."""
-        config = dict(config)
+        # Deserializing a layer may change its config.
+        config = copy_of_config(config)
         if "corpus_positives" not in config:
             # In files of version 0.1, a list of one feature is the feature itself.
             for name in ("query_features", "candidate_features"):
                 config[name] = config[name][0] if len(config[name]) == 1 else config[name]
         deserialize = keras.saving.deserialize_keras_object
-        index = config.get("retrieval")
-        for name in ("query_tower", "candidate_tower", "task", *OPTIONAL_LAYERS):
-            if isinstance(config.get(name), dict):
-                config[name] = deserialize(config[name])
-        if isinstance(index, dict) and config["retrieval"].candidate_tower is not config["candidate_tower"]:
-            # Outside of a file, Keras deserializes each occurrence of a layer into a separate layer.
-            layer = type(config["retrieval"])
-            config["retrieval"] = layer.from_config({**index["config"], "candidate_tower": config["candidate_tower"]})
-            config["retrieval"].build_from_config(index.get("build_config"))
-        for name in ("batch_metrics", "corpus_metrics"):
-            if config.get(name) is not None:
-                config[name] = [deserialize(each) if isinstance(each, dict) else each for each in config[name]]
+        with _keras.sharing_objects():
+            for name in ("query_tower", "candidate_tower", "task", *OPTIONAL_LAYERS):
+                if isinstance(config.get(name), dict):
+                    config[name] = deserialize_tower(config[name])
+            for name in ("batch_metrics", "corpus_metrics"):
+                if config.get(name) is not None:
+                    config[name] = [deserialize(each) if isinstance(each, dict) else each for each in config[name]]
         return cls(**config)
 
     def _check_lookups(self, tower: int, features: dict[str, Any]) -> None:

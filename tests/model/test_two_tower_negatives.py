@@ -130,7 +130,11 @@ def test_a_loaded_model_continues_training_as_if_never_saved(tmp_path):
             "Received: `mixed_negatives` and `sampling_probability`. Drop `sampling_probability`",
         ),
         (
-            {"candidate_features": ["movie_id", "tokens"], "candidate_id": "movie_id"},
+            {
+                "candidate_tower": keras.layers.Dense(DIMENSION),
+                "candidate_features": ["movie_id", "tokens"],
+                "candidate_id": "movie_id",
+            },
             r"only feature of the candidate tower. Received: candidate_features=\['movie_id', 'tokens'\]",
         ),
         (
@@ -140,10 +144,13 @@ def test_a_loaded_model_continues_training_as_if_never_saved(tmp_path):
     ],
 )
 def test_invalid_combinations_with_additional_negatives_raise(arguments, message):
-    towers = [keras.layers.Embedding(rows, DIMENSION) for rows in (NUM_USERS, NUM_MOVIES)]
+    towers = {
+        "query_tower": keras.layers.Embedding(NUM_USERS, DIMENSION),
+        "candidate_tower": keras.layers.Embedding(NUM_MOVIES, DIMENSION),
+    }
     names = {"query_features": "user_id", "candidate_features": "movie_id"}
     with pytest.raises(ValueError, match=message):
-        TwoTowerModel(*towers, **{**names, **negatives(), **arguments})
+        TwoTowerModel(**{**towers, **names, **negatives(), **arguments})
 
 
 def test_additional_negatives_need_candidate_ids():
