@@ -41,7 +41,9 @@ class RowSparseEmbedding(ShardedEmbedding):
 
     `jax.grad` returns the table and its slots after the step, or 0 if the loss does not depend on a lookup. Assign
     these values and apply the gradients of the other weights, or let a Keras optimizer do both. The number of steps is
-    one of the non-trainable weights that `stateless_call` returns.
+    one of the non-trainable weights that `stateless_call` returns. A Keras optimizer takes only a value that a lookup
+    has computed, from the latest table: a sum or a scaled gradient is an error. Values that you assign yourself cannot
+    be checked, and neither can other optimizers, such as those of Optax, which would take them for gradients.
 
     Out-of-range ids return NaN, as in a plain embedding. A batch with such an id changes no row.
 
@@ -206,7 +208,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         step = _Step(self)
         iterations = ops.convert_to_tensor(self._step_count)
         outputs = row_update.look_up(
-            row_update.Table(table, {name: slot.value for name, slot in self._slots.items()}),
+            row_update.Table(table, {name: slot.value_for_lookup for name, slot in self._slots.items()}),
             inputs,
             self.input_dim,
             self.optimizer,
@@ -214,7 +216,7 @@ class RowSparseEmbedding(ShardedEmbedding):
             ops.cast(iterations + 1, "float32"),
             table_layout(self.embeddings),
             step.when_differentiated,
-            self.embeddings.update.note,
+            self.embeddings.updates.note,
         )
         step.is_traced = True
         if step.is_differentiated:

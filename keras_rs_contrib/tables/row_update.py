@@ -35,7 +35,7 @@ def look_up(
     step: Any,
     layout: TableLayout | None,
     when_differentiated: Callable[[], None],
-    when_updated: Callable[[], None],
+    when_updated: Callable[[Table, Table], None],
 ) -> Any:
     """Returns the rows of `ids`. The gradient of the table and of each slot is its value after an optimizer step.
 
@@ -50,8 +50,8 @@ def look_up(
         step: float32 scalar, the number of the step, starting at 1.
         layout: layout of the table on the mesh, or `None` for a single device.
         when_differentiated: called when JAX traces the forward pass of a differentiated lookup.
-        when_updated: called when JAX traces the backward pass. If the loss does not depend on the lookup, JAX skips the
-            backward pass.
+        when_updated: called with the table and the table after the step when JAX traces the backward pass. If the loss
+            does not depend on the lookup, JAX skips the backward pass.
 
     Returns:
         `[..., output_dim]`, dtype of the table; NaN for ids out of range.
@@ -74,12 +74,13 @@ def look_up(
         return lookup(table, row_ids, learning_rate, step), (table, row_ids, learning_rate, step)
 
     def backward(residuals: Any, gradients: Any) -> tuple[Table, None, None, None]:
-        when_updated()
         table, row_ids, learning_rate, step = residuals
         # An id out of range makes the loss NaN, and so all gradients of the batch. They must not reach other rows.
         any_without = jnp.any(row_ids == table.embeddings.shape[0])
         row_ids = jnp.where(any_without, table.embeddings.shape[0], row_ids)
-        return _updated(table, row_ids, gradients, optimizer, learning_rate, step, layout), None, None, None
+        updated = _updated(table, row_ids, gradients, optimizer, learning_rate, step, layout)
+        when_updated(table, updated)
+        return updated, None, None, None
 
     lookup.defvjp(forward, backward)
     rows = lookup(table, row_ids, learning_rate, step)
@@ -87,11 +88,11 @@ def look_up(
 
 
 def constant(table: Any, name: str) -> Any:
-    """Returns a table through which a gradient raises `ValueError`.
+    """Returns a table or a slot through which a gradient raises `ValueError`.
 
     Args:
-        table: `[num_padded_rows, output_dim]` float.
-        name: path of the table, for the error message.
+        table: `[num_padded_rows, width]` float.
+        name: path of the variable, for the error message.
     """
 
     @jax.custom_vjp
@@ -100,9 +101,9 @@ def constant(table: Any, name: str) -> Any:
 
     def backward(_: None, gradient: Any) -> Any:
         raise ValueError(
-            "The gradient of the table of a `RowSparseEmbedding` must come from a lookup only. Received: a gradient "
-            f"for {name!r} from a computation on the table itself. Call the layer to look up rows, wrap the table in "
-            "`keras.ops.stop_gradient`, or use a `keras_rs_contrib.ShardedEmbedding`."
+            "The gradient of the table of a `RowSparseEmbedding`, and of its slots, must come from a lookup only. "
+            f"Received: a gradient for {name!r} from a computation on the table itself. Call the layer to look up "
+            "rows, wrap the variable in `keras.ops.stop_gradient`, or use a `keras_rs_contrib.ShardedEmbedding`."
         )
 
     identity.defvjp(lambda table: (table, None), backward)

@@ -2,62 +2,124 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import jax
-import jax.extend.core
 import keras
 
-from keras_rs_contrib.tables.row_update import constant
+from keras_rs_contrib.tables.row_update import Table, constant
 
-# JAX 0.9 and older have it in `jax.core`.
-_TRACE_MODULE: Any = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+# Name of the variable that holds the table.
+TABLE_NAME = "embeddings"
 
 
-class RowUpdate:
-    """The update of one table in a training step, shared by the table and its slots.
+class RowUpdates:
+    """The updates of one table that lookups have computed, shared by the table and its slots.
 
-    Keras optimizers overwrite these variables with their gradient. If the loss does not depend on a lookup, that
-    gradient is zero, and would erase the table. A lookup therefore records each update that it computes, and a variable
-    accepts each update once.
-
-    Attributes:
-        trace: the JAX trace that computes the update, or `None`.
-        assigned: `id` of each variable that has received the update.
+    Keras optimizers overwrite these variables with their gradients. A gradient is the next value of a variable only if
+    it is the very value that a lookup has computed. If the loss does not depend on a lookup, it is 0 and would erase
+    the table; the sum of two gradients would double it.
     """
 
     def __init__(self) -> None:
-        self.trace: Any = None
-        self.assigned: set[int] = set()
+        self._computed: list[_Update] = []
+        # Counts the changes of the table.
+        self._version = 0
+        # The update that an optimizer is assigning, and what it has replaced so far.
+        self._assigned: _Update | None = None
+        self._replaced: list[tuple[RowSparseVariable, Any]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RowUpdate:
-        return RowUpdate()
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowUpdates:
+        return RowUpdates()
 
-    def note(self) -> None:
-        """Records that the current JAX trace computes an update."""
-        self.trace, self.assigned = _current_trace(), set()
+    def note(self, table: Table, updated: Table) -> None:
+        """Records the update that a lookup has computed.
 
-    def take(self, variable: keras.Variable) -> None:
+        Args:
+            table: the values of the table and its slots.
+            updated: their values after the step.
+        """
+        values = {TABLE_NAME: updated.embeddings, **updated.slots}
+        # Weak references, so that a gradient that is not applied does not keep its memory.
+        references = {name: weakref.ref(value) for name, value in values.items()}
+        self._computed = [update for update in self._computed if update.is_alive]
+        self._computed.append(_Update(weakref.ref(table.embeddings), self._version, references))
+
+    def note_assignment(self) -> None:
+        """Records that the table has been changed by something else than an optimizer."""
+        self._version += 1
+
+    def take(self, variable: RowSparseVariable, value: Any) -> None:
         """Marks the update of a variable as assigned.
 
         Args:
             variable: the table or one of its slots.
+            value: the value that an optimizer assigns to it.
 
         Raises:
-            ValueError: if no lookup in the current trace has computed an update, or if `variable` already has it.
+            ValueError: if no lookup has computed this value, if it has been assigned before, or if the table has
+                changed since. The variables of the same table that the optimizer has assigned already are restored.
         """
-        if self.trace is None or self.trace != _current_trace() or id(variable) in self.assigned:
+        update = next((each for each in self._computed if each.holds(variable.name, value)), None)
+        if update is None:
+            self._restore()
             raise ValueError(
                 "The loss of a training step must depend on a lookup in each trainable `RowSparseEmbedding`, and "
-                "gradients must be applied in the same (compiled) function that computes them. Received: a new value "
-                f"for {variable.path!r} that no lookup has computed. The loss does not depend on a lookup in this "
-                "table, or the lookup is inside `jax.vmap` or `keras.ops.vectorized_map`. Look up all ids in one call. "
-                "If the model does not train the table, set `trainable = False` and compile the model again."
+                "gradients must be applied as they are, in the same (compiled) function that computes them. Received: "
+                f"a new value for {variable.path!r} that no lookup has computed. The loss does not depend on a lookup "
+                "in this table, or the lookup is inside `jax.vmap` or `keras.ops.vectorized_map`, or its gradient has "
+                "been summed, scaled or clipped. Look up all ids in one call. If the model does not train the table, "
+                "set `trainable = False` and compile the model again."
             )
-        self.assigned.add(id(variable))
+        if update is not self._assigned:
+            # Of a function of values, only the values count; of variables, also a copy of their values is current.
+            if update.version != self._version and update.table() is not variable.tied[0].value_for_lookup:
+                self._restore()
+                raise ValueError(
+                    "A gradient of a `RowSparseEmbedding` is the table after the step, so it must come from the latest "
+                    f"table. Received: an update of {variable.path!r} that was computed before the table changed. "
+                    "Compute the gradient again, after the last one has been applied."
+                )
+            self._assigned, self._replaced = update, []
+            self._version += 1
+        del update.values[variable.name]
+        self._replaced.append((variable, variable.value_for_lookup))
+        if not update.values:
+            self._replaced = []
+
+    def _restore(self) -> None:
+        for variable, value in self._replaced:
+            keras.Variable.assign(variable, value)
+        self._replaced = []
+
+
+@dataclasses.dataclass(eq=False)
+class _Update:
+    """An update that a lookup has computed.
+
+    Attributes:
+        table: weak reference to the table that was looked up.
+        version: the number of changes of the table before the update.
+        values: weak references to the values after the step that are not assigned yet, by the names of the variables.
+    """
+
+    table: weakref.ref[Any]
+    version: int
+    values: dict[str, weakref.ref[Any]]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a value can still be assigned."""
+        return any(value() is not None for value in self.values.values())
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Returns whether `value` is the next value of a variable."""
+        return name in self.values and self.values[name]() is value
 
 
 class RowSparseVariable(keras.Variable):  # type: ignore[misc]
@@ -66,12 +128,12 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
     The gradient is the next value, which `row_update.look_up` computes. Any other gradient is an error.
 
     Attributes:
-        update: the `RowUpdate` that the table and its slots share.
+        updates: the `RowUpdates` that the table and its slots share.
         tied: the table and its slots.
     """
 
-    update: RowUpdate
-    tied: tuple[keras.Variable, ...] = ()
+    updates: RowUpdates
+    tied: tuple[RowSparseVariable, ...] = ()
 
     @property
     def overwrite_with_gradient(self) -> bool:
@@ -83,8 +145,27 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
     def assign(self, value: Any) -> Any:
         """Assigns a value. An optimizer must assign the update that a lookup has computed."""
         if _is_called_by_an_optimizer():
-            self.update.take(self)
+            self.updates.take(self, value)
+        else:
+            self.updates.note_assignment()
         return super().assign(value)
+
+    @property
+    def value(self) -> Any:
+        """The tensor. In a JAX trace, a gradient through it is an error."""
+        value = super().value
+        if isinstance(value, jax.core.Tracer):
+            return constant(value, self.path)
+        # `fit` takes the values out of the variables, and only then some optimizers read `overwrite_with_gradient`: an
+        # error would come too late to keep the values.
+        for optimizer in _optimizers_of_fit():
+            check_optimizer(optimizer, self.path)
+        return value
+
+    @property
+    def value_for_lookup(self) -> Any:
+        """The tensor as the trainer passes it, for lookups only."""
+        return super().value
 
     @property
     def trainable(self) -> bool:
@@ -104,31 +185,14 @@ class RowSparseTable(RowSparseVariable):
         slots: the slots of the row optimizer, each with one row for each row of the table.
     """
 
-    slots: tuple[keras.Variable, ...] = ()
-
-    @property
-    def value(self) -> Any:
-        """The tensor. In a JAX trace, a gradient through it is an error."""
-        value = super().value
-        if isinstance(value, jax.core.Tracer):
-            return constant(value, self.path)
-        # `fit` takes the values out of the variables, and only then some optimizers read `overwrite_with_gradient`: an
-        # error would come too late to keep the values.
-        for optimizer in _optimizers_of_fit():
-            check_optimizer(optimizer, self.path)
-        return value
-
-    @property
-    def value_for_lookup(self) -> Any:
-        """The tensor as the trainer passes it, for lookups only."""
-        return super().value
+    slots: tuple[RowSparseVariable, ...] = ()
 
 
 def tie(table: RowSparseTable, slots: tuple[RowSparseVariable, ...]) -> None:
     """Links a table and its slots, so that they share their updates and `trainable`."""
-    update = RowUpdate()
+    updates = RowUpdates()
     for variable in (table, *slots):
-        variable.update, variable.tied = update, (table, *slots)
+        variable.updates, variable.tied = updates, (table, *slots)
     table.slots = slots
 
 
@@ -157,10 +221,6 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer, table: str) -> None:
             f"on scaled gradients. Received: a `LossScaleOptimizer` for {table!r}, which Keras creates under "
             '"mixed_float16". Use the dtype policy "mixed_bfloat16", or `compile(auto_scale_loss=False)`.'
         )
-
-
-def _current_trace() -> Any:
-    return _TRACE_MODULE.get_opaque_trace_state(convention="flax")
 
 
 # Keras has no hook for a variable to reject an optimizer, and `assign` does not know its caller. Values that users

@@ -24,7 +24,8 @@ def step_of(optimizer, num_rows=NUM_ROWS):
 
     def step(table, ids, gradients, learning_rate, number):
         def loss(table):
-            rows = row_update.look_up(table, ids, num_rows, optimizer, learning_rate, number, None, *[lambda: None] * 2)
+            callbacks = (lambda: None, lambda *_: None)
+            rows = row_update.look_up(table, ids, num_rows, optimizer, learning_rate, number, None, *callbacks)
             return jnp.sum(rows * gradients), rows
 
         return jax.grad(loss, has_aux=True)(table)
