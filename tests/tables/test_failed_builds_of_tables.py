@@ -184,7 +184,8 @@ def test_an_initializer_may_return_another_dtype(kind):
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_a_table_that_does_not_fit_in_memory(kind, num_devices):
     keras.distribution.set_distribution(data_parallel(num_devices))
-    arguments = {"input_dim": 2**30, "output_dim": 2**16, "embeddings_initializer": "zeros", "mesh_axis": "batch"}
+    # 2 PiB, more than a process can address, also of one of 8 devices.
+    arguments = {"input_dim": 2**30, "output_dim": 2**19, "embeddings_initializer": "zeros", "mesh_axis": "batch"}
     layer = kind(**arguments, row_multiple=1)
     with pytest.raises(Exception, match=r"(?i)out of memory|resource"):
         layer.build()
