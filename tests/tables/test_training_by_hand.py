@@ -22,7 +22,7 @@ class Loop:
         keras.utils.set_random_seed(0)
         initializer = keras.initializers.RandomUniform(-1, 1, seed=1)
         self.table = RowSparseEmbedding(
-            9, DIMENSION, row_optimizer or RowAdagrad(0.3), initializer, mesh_axis, name="table"
+            9, DIMENSION, row_optimizer or RowAdagrad(0.3), initializer, mesh_axis=mesh_axis, name="table"
         )
         self.dense = keras.layers.Dense(1, kernel_initializer="ones")
         self.table.build()
