@@ -107,9 +107,10 @@ def check_positional(function: Callable[..., Any], num_given: int) -> None:
         return
     num_bound = int(positional[:1] == ("self",))
     owner = function.__qualname__.removesuffix(".__init__").removesuffix(".call")
-    names = " and ".join(f"`{name}`" for name in positional[num_bound:])
+    names = [f"`{name}`" for name in positional[num_bound:]]
+    names = [", ".join(names[:-1]), *names[-1:]] if len(names) > 2 else names
     raise TypeError(
-        f"`{owner}` takes only {names} by position. Received: {num_given - num_bound} arguments by position. "
+        f"`{owner}` takes only {' and '.join(names)} by position. Received: {num_given - num_bound} arguments by position. "
         f"Name the others: {', '.join(f'`{name}=`' for name in keyword_only)}."
     )
 

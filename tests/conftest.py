@@ -9,12 +9,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Threads of XLA's pool. With one per core, 8 devices that wait for each other in collectives can run out of threads.
 os.environ.setdefault("NPROC", "64")
 
+# Most of the time goes into compiling small programs. XLA reads the flags when it starts; programs that tests start are
+# to run fast.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 import jax
 import keras
 import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()
+os.environ["XLA_FLAGS"] = FLAGS
 # Many tests build the same model again. With this cache, XLA compiles each program once per process. Each process has
 # its own directory, because JAX does not write these files atomically.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
