@@ -183,8 +183,8 @@ def test_diverging_training_stops_after_the_epoch(main, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
 def test_8_devices_on_fewer_cores_complete_and_a_full_disk_loses_only_the_metrics():
-    """In each of 800 steps, 8 devices wait for each other on the threads of a few cores."""
-    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=100", "--metrics_json=/dev/full")
+    """In each of 400 steps, 8 devices wait for each other on the threads of a few cores."""
+    result = run(*SYNTHETIC, "--epochs=1", "--num_devices=8", "--batch_size=200", "--metrics_json=/dev/full")
     assert result.returncode == 1, result.stderr
     assert "--metrics_json=/dev/full: No space left on device. Everything else is complete." in result.stderr
     assert result.stdout.count("Recommended to user") == 3

@@ -23,17 +23,13 @@ NUM_CANDIDATES, NUM_QUERIES, DIMENSION = 43, 24, 4
 CASES = [
     ("1 device", None, False, "dot", "table", "masked"),
     ("1 device", None, True, "cosine", "features", "gathered"),
-    ("DataParallel(2)", None, True, "dot", "table", "gathered"),
     ("DataParallel(2)", "batch", False, "cosine", "features", "gathered"),
     ("DataParallel(3)", "batch", True, "dot", "table", "masked"),
-    ("DataParallel(3)", "batch", True, "dot", "table", "gathered"),
     ("DataParallel(8)", None, False, "dot", "features", "masked"),
-    ("DataParallel(8)", "batch", True, "cosine", "table", "gathered"),
     ("ModelParallel(2x4)", None, True, "dot", "table", "masked"),
-    ("ModelParallel(2x4)", None, False, "dot", "table", "gathered"),
     ("ModelParallel(2x4)", "batch", False, "dot", "features", "gathered"),
 ]
-LAYOUTS = [("1 device", None), ("DataParallel(3)", "batch"), ("ModelParallel(2x4)", None)]
+LAYOUTS = [("1 device", None), ("DataParallel(3)", "batch")]
 
 
 def search_lists(monkeypatch, how):
@@ -169,10 +165,8 @@ def test_a_mask_has_a_bool_for_each_row(rng, how, name, mesh_axis):
     ("num_queries", "name", "mesh_axis"),
     [
         (0, "1 device", None),
-        (1, "1 device", None),
         (5, "1 device", None),
         (1, "DataParallel(8)", "batch"),
-        (5, "DataParallel(8)", "batch"),
         (5, "ModelParallel(2x4)", None),
     ],
 )
@@ -267,7 +261,7 @@ def test_blocks_do_not_change_the_result(rng, how, block_size):
         assert_found(index(queries, include_ids=included), expected_top_k(index, queries, table, ids, included))
 
 
-@pytest.mark.parametrize(("num_queries", "num_included"), [(1, 5), (70, 37), (2, 100), (1, 1_683), (70, 1_683)])
+@pytest.mark.parametrize(("num_queries", "num_included"), [(1, 5), (70, 37), (2, 1_683)])
 def test_equal_rows_have_equal_scores_in_any_list(rng, how, num_queries, num_included):
     for dimension in (7, 32, 100):
         table = np.tile(rng.normal(size=(1, dimension)), (2_000, 1)).astype("float32")

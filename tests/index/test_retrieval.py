@@ -107,13 +107,10 @@ def test_k_may_change_up_to_the_size_of_the_corpus(rng):
     [
         ("1 device", 1, True, None),
         ("1 device", 20, False, None),
-        ("DataParallel(2)", 20, True, "batch"),
-        ("DataParallel(3)", 0, False, "batch"),
         ("DataParallel(3)", 20, False, None),
         ("DataParallel(8)", 20, True, "batch"),
         ("ModelParallel(2x4)", 0, False, "batch"),
         ("ModelParallel(2x4)", 1, True, None),
-        ("ModelParallel(1x8)", 20, False, None),
     ],
 )
 def test_exclusions_apply_to_top_k_and_ranks(rng, name, num_excluded, with_ids, mesh_axis):
@@ -324,10 +321,8 @@ def of_one_device():
         ("DataParallel(1)", None),
         ("DataParallel(3)", "batch"),
         ("DataParallel(8)", None),
-        ("DataParallel(8)", "batch"),
         ("ModelParallel(2x4)", None),
         ("ModelParallel(2x4)", "batch"),
-        ("ModelParallel(1x8)", None),
     ],
 )
 def test_fit_and_predict_match_one_device(name, mesh_axis):

@@ -92,8 +92,7 @@ def model_of(towers, check_inputs=True):
 
 @pytest.mark.parametrize(
     ("use", "check_inputs"),
-    # Without the checks, `recommend` calls the tower outside of the model.
-    [(use, check_inputs) for use in USES for check_inputs in (False, True) if check_inputs or use != "recommend"],
+    [*((use, True) for use in USES), ("fit", False), ("call", False)],
 )
 def test_a_plain_tower_whose_rows_do_not_divide_raises_before_anything_is_created(use, check_inputs):
     # The path of the tower within the model.

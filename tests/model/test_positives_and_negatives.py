@@ -48,9 +48,8 @@ def loss_of(model, positives, negatives):
 NONE = np.full((24, 0), -1)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_other_positives_and_own_negatives_enter_the_loss(num_devices):
-    keras.distribution.set_distribution(data_parallel(num_devices))
+def test_other_positives_and_own_negatives_enter_the_loss():
+    keras.distribution.set_distribution(data_parallel(2))
     cases = {
         (None, None): loss_of,
         ("watched", None): lambda model, *_: loss_of(model, WATCHED, NONE),
@@ -106,9 +105,8 @@ def test_probabilities_of_own_negatives_correct_their_logits():
     assert losses[0] < losses[1]
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_batch_metrics_are_those_of_the_logits(num_devices, tmp_path):
-    keras.distribution.set_distribution(data_parallel(num_devices))
+def test_batch_metrics_are_those_of_the_logits(tmp_path):
+    keras.distribution.set_distribution(data_parallel(2))
     metric = keras.metrics.TopKCategoricalAccuracy(k=3, name="in_batch_top_3")
     model = make_model(batch_metrics=[metric])
     # 23 rows are padded on two devices.

@@ -108,17 +108,11 @@ def make_model(towers, table, has_index):
 
 CASES = [
     ("GRU", "plain", True),
-    ("GRU", "row-sparse", True),
-    ("mean", "sharded", True),
     ("mean", "row-sparse", False),
-    ("own layer", "plain", True),
     ("own layer", "row-sparse", True),
     ("sequential", "sharded", True),
-    ("nested", "plain", True),
     ("functional candidates", "row-sparse", True),
-    ("one graph", "plain", True),
     ("inner models", "plain", False),
-    ("sequential candidates", "plain", True),
     ("own candidates", "sharded", True),
 ]
 
@@ -144,9 +138,7 @@ def test_towers_that_share_a_table_load_and_train_on(towers, table, has_index, t
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("towers", "num_devices"), [("GRU", 2), ("own layer", 1), ("sequential candidates", 1), ("own candidates", 1)]
-)
+@pytest.mark.parametrize(("towers", "num_devices"), [("GRU", 2), ("sequential candidates", 1), ("own candidates", 1)])
 def test_a_shared_row_sparse_table_trains_like_a_dense_one(towers, num_devices):
     keras.distribution.set_distribution(data_parallel(num_devices))
 

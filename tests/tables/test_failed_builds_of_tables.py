@@ -151,8 +151,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("initializer", "error", "message"), FAILURES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh_axis", [None, "batch"])
-@pytest.mark.parametrize("row_multiple", [1, 8])
+@pytest.mark.parametrize(("mesh_axis", "row_multiple"), [(None, 1), ("batch", 8)])
 def test_an_initializer_that_fails(kind, initializer, error, message, mesh_axis, row_multiple):
     if mesh_axis is not None:
         keras.distribution.set_distribution(data_parallel(3 if row_multiple == 1 else 8))

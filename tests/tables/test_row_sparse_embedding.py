@@ -209,7 +209,7 @@ def of_one_device(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "mesh"),
     [
-        *(("lazy_adam", mesh) for mesh in MESHES),
+        *(("lazy_adam", mesh) for mesh in MESHES if mesh != "DataParallel(2), whole"),
         ("rowwise_adagrad", "ModelParallel(2x4), by a layout map of tables"),
     ],
 )

@@ -14,7 +14,6 @@ from keras_rs_contrib import RowSGD, RowSparseEmbedding, ShardedEmbedding, looku
 DENSE = np.array([[3, 0, 0, 2], [0, 0, 0, 0], [0, 1, 0, 9], [5, 0, 9, 0]], "int32")
 MESHES = {
     "1 device": (lambda: None, None),
-    "DataParallel(8), whole": (lambda: data_parallel(8), None),
     "DataParallel(4), by axis": (lambda: data_parallel(4), "batch"),
     "ModelParallel(2x4), by axis": (lambda: model_parallel((2, 4), "none"), "model"),
 }

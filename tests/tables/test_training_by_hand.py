@@ -72,10 +72,17 @@ def steps_in_fit(num_steps, ids=IDS, row_optimizer=None):
     return loop.snapshot()
 
 
-@pytest.mark.parametrize("row_optimizer", [RowAdagrad(0.3), LazyAdam(0.3)])
-# Variables are assigned outside of compiled functions.
-@pytest.mark.parametrize(("is_stateless", "is_compiled"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("mesh_axis", [None, "batch"])
+@pytest.mark.parametrize(
+    ("row_optimizer", "is_stateless", "is_compiled", "mesh_axis"),
+    [
+        # Variables are assigned outside of compiled functions.
+        (RowAdagrad(0.3), False, False, "batch"),
+        (LazyAdam(0.3), False, False, None),
+        (LazyAdam(0.3), True, False, None),
+        (RowAdagrad(0.3), True, True, "batch"),
+        (LazyAdam(0.3), True, True, None),
+    ],
+)
 def test_steps_by_hand_match_fit(row_optimizer, is_stateless, is_compiled, mesh_axis):
     expected = steps_in_fit(3, row_optimizer=row_optimizer)
     if mesh_axis is not None:

@@ -55,7 +55,7 @@ def assert_matches_the_reference(task, queries, candidates, arguments, construct
         np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(("case", "heads"), [("own negatives", None), ("own negatives with ids", 3), ("all", None)])
+@pytest.mark.parametrize(("case", "heads"), [("own negatives with ids", 3), ("all", None)])
 def test_loss_and_all_gradients_match_the_reference(rng, form, case, heads):
     constructor, names = SOFTMAX_CASES[case]
     queries, candidates = embeddings(rng, heads, 6, 9)
@@ -77,7 +77,7 @@ def test_hard_negatives_are_chosen_among_all_negatives(rng, form, num_hard_negat
     assert_matches_the_reference(task, queries, candidates, arguments, constructor, 2 if "local" in form else 1)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_devices", [2, 3])
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_devices_agree(rng, num_devices, is_streamed, monkeypatch):
     if is_streamed:
