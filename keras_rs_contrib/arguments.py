@@ -110,7 +110,8 @@ def check_positional(function: Callable[..., Any], num_given: int) -> None:
     names = [f"`{name}`" for name in positional[num_bound:]]
     names = [", ".join(names[:-1]), *names[-1:]] if len(names) > 2 else names
     raise TypeError(
-        f"`{owner}` takes only {' and '.join(names)} by position. Received: {num_given - num_bound} arguments by position. "
+        f"`{owner}` takes only {' and '.join(names)} by position. "
+        f"Received: {num_given - num_bound} arguments by position. "
         f"Name the others: {', '.join(f'`{name}=`' for name in keyword_only)}."
     )
 

@@ -9,10 +9,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Threads of XLA's pool. With one per core, 8 devices that wait for each other in collectives can run out of threads.
 os.environ.setdefault("NPROC", "64")
 
-# Most of the time goes into compiling small programs. XLA reads the flags when it starts; programs that tests start are
-# to run fast.
-FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Most of the time goes into compiling small programs. XLA reads the flags when it starts.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import jax
 import keras
@@ -21,7 +19,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()
-os.environ["XLA_FLAGS"] = FLAGS
+# Programs that tests start are to run fast.
+del os.environ["XLA_FLAGS"]
 # Many tests build the same model again. With this cache, XLA compiles each program once per process. Each process has
 # its own directory, because JAX does not write these files atomically.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
