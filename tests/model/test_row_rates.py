@@ -225,7 +225,7 @@ def test_weights_that_early_stopping_restores_keep_the_factor():
     assert rate_of(model.candidate_tower) == pytest.approx(1.5 * rate)
 
 
-@pytest.mark.parametrize("callback", [plateau, CALLBACKS["from 0"]])
+@pytest.mark.parametrize("callback", [plateau, CALLBACKS["from 0 and through 0"]])
 def test_a_row_optimizer_with_a_schedule_cannot_follow(callback):
     model = model_of(RowSGD(0.4), LazyAdam(SCHEDULE))
     model.candidate_tower.build()
@@ -250,7 +250,7 @@ def test_several_optimizers_have_no_one_rate_to_follow():
     model = model_of(RowSGD(0.4))
     model.compile(keras.optimizers.MultiOptimizer(optimizers))
     with pytest.raises(ValueError, match=r"one optimizer.*Received: .*2 optimizers.*'user'"):
-        fit(model, CALLBACKS["from 0"]())
+        fit(model, CALLBACKS["from 0 and through 0"]())
 
 
 def test_an_optimizer_with_a_schedule_is_left_alone():

@@ -19,8 +19,7 @@ from softmax_cases import (
 from keras_rs_contrib import DistributedTwoTowerTask
 
 
-@pytest.mark.parametrize("heads", [None, 3])
-@pytest.mark.parametrize("case", SOFTMAX_CASES)
+@pytest.mark.parametrize(("case", "heads"), [*((case, 3) for case in SOFTMAX_CASES), ("plain", None), ("all", None)])
 def test_softmax_loss_and_gradients_match_the_reference(rng, case, heads):
     constructor, names = SOFTMAX_CASES[case]
     queries, candidates = embeddings(rng, heads)
