@@ -111,6 +111,27 @@ class IdArguments(keras.layers.Layer):  # type: ignore[misc]
         return super().__call__(*args, **{name: checked(name, value) for name, value in kwargs.items()})
 
 
+def check_known_ids(candidate_ids: Any, num_candidates: int, owner: str, mask: Any = None) -> None:
+    """Raises `ValueError` if ids have values, outside of compiled functions, and one is out of range.
+
+    Args:
+        candidate_ids: `[batch]` ints.
+        num_candidates: the ids are in [0, `num_candidates`).
+        owner: the name of the layer whose ids they are.
+        mask: `[batch]` bool; False marks padding, which may have any id. `None` if there is no padding.
+    """
+    ids, present = known_values(candidate_ids), None if mask is None else known_values(mask)
+    if ids is None or (mask is not None and present is None):
+        return
+    wrong = (ids < 0) | (ids >= num_candidates)
+    rows = np.flatnonzero(wrong if present is None else wrong & present.astype(bool))
+    if rows.size:
+        raise ValueError(
+            f"`candidate_ids` of {owner!r} must be in [0, {num_candidates - 1}]. Received: {ids[rows[0]]} in row "
+            f"{rows[0]}. Leave such rows out, or create the layer for more candidates."
+        )
+
+
 @functools.cache
 def _argument_names(call: Callable[..., Any]) -> list[str]:
     """Returns the names of the arguments of a layer's `call`, in order."""

@@ -189,7 +189,7 @@ class CandidateStore(Staleness):
                     f"new ones for an index tied to {self.candidate_tower.name!r}. Create a new index."
                 )
             return
-        candidates = self._candidates if candidates is None else candidates
+        candidates = self._candidates if candidates is None else corpus.as_arrays(candidates)
         if candidates is None:
             raise ValueError(
                 "The index needs the tower's inputs for the whole corpus. Received: candidates=None, and none before: "
@@ -322,7 +322,8 @@ class CandidateStore(Staleness):
 
     def _embed_corpus(self, candidates: Any, candidate_ids: Any, verbose: int | str = "auto") -> None:
         """Assigns the tower's output for the candidates, and notes the weights that computed it."""
-        self._assign_corpus(corpus.embed(self.candidate_tower, candidates, verbose), candidate_ids)
+        inputs = corpus.inputs_of(self.candidate_tower, candidates, self._features)
+        self._assign_corpus(corpus.embed(self.candidate_tower, inputs, verbose), candidate_ids)
         self._note_tower()
 
     def _row_multiple(self) -> int:

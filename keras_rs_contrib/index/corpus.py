@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from keras import ops
+
+from keras_rs_contrib.columns import as_array, as_dict, is_frame, is_series
 
 # Candidates that go through a feature tower at once: enough to keep it busy, with little memory.
 REFRESH_BLOCK_SIZE = 4096
@@ -42,6 +45,50 @@ def num_rows(candidates: Any) -> int:
             f"arrays of lengths {lengths}. Pass the inputs of the whole corpus."
         )
     return lengths[0]
+
+
+def as_arrays(candidates: Any) -> Any:
+    """Returns a DataFrame as a dict of its columns of numbers, a Series as an array, and others unchanged."""
+    if is_series(candidates):
+        return as_array(candidates, "`candidates`")
+    if not is_frame(candidates):
+        return candidates
+    arrays = {}
+    for name, column in as_dict(candidates).items():
+        # No tower can use the others, such as titles.
+        with contextlib.suppress(ValueError):
+            arrays[name] = as_array(column, f"`candidates`, in the column {name!r},")
+    return arrays
+
+
+def inputs_of(tower: keras.layers.Layer, candidates: Any, features: str | list[str] | None) -> Any:
+    """Returns the part of the candidates that a tower takes.
+
+    A functional model flattens a dict in the order of its keys and does not compare them with its inputs: another key
+    would move the values of one input to the next.
+
+    Args:
+        tower: a candidate tower.
+        candidates: an array or a nested structure of arrays, such as a dict with more features than the tower has.
+        features: the feature of the tower, or a list of those that it takes as a dict; `None` if that is unknown.
+
+    Raises:
+        ValueError: if a feature is missing.
+    """
+    if not isinstance(candidates, dict):
+        return candidates
+    if features is None and isinstance(tower, keras.Model) and tower.built:
+        inputs = getattr(tower, "input", None)
+        features = list(inputs) if isinstance(inputs, dict) else None
+    if features is None or (isinstance(features, str) and features not in candidates):
+        return candidates
+    missing = [name for name in ([features] if isinstance(features, str) else features) if name not in candidates]
+    if missing:
+        raise ValueError(
+            f"`candidates` must have all features of the candidate tower. Received: {sorted(map(str, candidates))}, "
+            f"without {missing}. Add them."
+        )
+    return candidates[features] if isinstance(features, str) else {name: candidates[name] for name in features}
 
 
 def embed(tower: keras.layers.Layer, candidates: Any, verbose: int | str = "auto") -> np.ndarray[Any, Any]:

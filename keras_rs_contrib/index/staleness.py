@@ -14,6 +14,9 @@ from keras import ops
 from keras_rs_contrib import _keras
 from keras_rs_contrib.index import corpus
 
+# A checksum that no tower has, up to chance.
+UNKNOWN_TOWER = (1, -1)
+
 
 class Staleness(keras.layers.Layer):  # type: ignore[misc]
     """The part of an index that knows which weights of its tower have computed it, by their checksum.
@@ -29,6 +32,8 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
     tower_checksum: keras.Variable | None = None
     is_refreshed_by_model = False
     _candidates: Any = None
+    # The features of the tower, of which the candidates may have more, or `None` if they are unknown.
+    _features: str | list[str] | None = None
     _tied = False
     # Which arrays the weights of the tower were when their checksum was computed last, and whether the index was stale.
     _staleness: tuple[list[Any], bool] = ([], False)
@@ -52,6 +57,24 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
             return False
         known = ops.convert_to_numpy(self.tower_checksum)
         return bool(known.any()) and not np.array_equal(known, self._current_checksum())
+
+    def take_features(self, features: str | list[str]) -> None:
+        """Takes the features of the tower from candidates that have more of them.
+
+        Args:
+            features: the name of the only feature, or a list of those that the tower takes as a dict.
+
+        Raises:
+            ValueError: if the candidates of the index lack one.
+        """
+        object.__setattr__(self, "_features", features)
+        if self._tied or not isinstance(self._candidates, dict):
+            return
+        inputs = corpus.inputs_of(self.candidate_tower, self._candidates, features)
+        if inputs is not self._candidates and (not isinstance(inputs, dict) or len(inputs) < len(self._candidates)):
+            # The tower has received all of them.
+            assert self.tower_checksum is not None
+            self.tower_checksum.assign(UNKNOWN_TOWER)
 
     def refresh_if_stale(self, verbose: int | str = "auto") -> None:
         """Refreshes an index over a feature tower if the tower's weights have changed since the last refresh.

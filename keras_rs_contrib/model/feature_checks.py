@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -134,6 +135,16 @@ def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: All
             f"The feature {name!r} must hold ids, as integers. Received: dtype {values.dtype} in batch {batch}. "
             "Number them first, for instance with `keras.layers.StringLookup` in the input pipeline."
         )
+    if values.dtype.kind == "f":
+        # Keras converts a column of float64, such as one that pandas made of integers, without an error.
+        dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+        limit = 2.0 ** (jnp.finfo(dtype).nmant + 1)  # type: ignore[no-untyped-call]
+        if values.max() >= limit:
+            raise ValueError(
+                f"The feature {name!r} must hold ids, as integers, or as floats that hold each of them. Received: "
+                f"{values.max():.0f} in batch {batch}, as {dtype}, which holds integers up to {int(limit)}. Convert "
+                "the column: `.astype('int64')`."
+            )
     if allowed.ids is not None:
         places = np.minimum(np.searchsorted(allowed.ids, values), len(allowed.ids) - 1)
         wrong = allowed.ids[places] != values

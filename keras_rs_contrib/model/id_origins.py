@@ -162,7 +162,7 @@ class Program:
 
         Args:
             origins: the origins of the inputs.
-            marked: the tables whose ids are marked, by the name of the mark. Other lookups are gathers of rows.
+            marked: the tables whose ids are marked, by the name of the mark. Other lookups are gathers along one axis.
             variable_names: the names of the variables by position, for errors.
         """
         known = {slot: Origin() for slot in self.constants}
@@ -174,11 +174,15 @@ class Program:
             if eqn.primitive.name == "name" and eqn.params["name"] in marked:
                 table = marked[eqn.params["name"]]
                 lookups.append(Lookup(of_operands[0], table.name, table.num_rows, operands[0]))
-            elif _takes_rows(eqn) and not of_operands[0].features and not of_operands[0].variables & in_marked:
+            elif (
+                (axis := _axis_of_lookup(eqn)) is not None
+                and not of_operands[0].features
+                and not of_operands[0].variables & in_marked
+            ):
                 variables = sorted(of_operands[0].variables)
                 name = variable_names[variables[0]] if variables else "a constant table"
                 ids = self._before_wrapping(operands[1])
-                lookups.append(Lookup(known[ids], name, _shape(eqn.invars[0])[0], ids))
+                lookups.append(Lookup(known[ids], name, _shape(eqn.invars[0])[axis], ids))
             for body, of_inputs in _bodies(eqn, of_operands):
                 found = Program.of(body).find_lookups(of_inputs, marked, variable_names)
                 lookups.extend(dataclasses.replace(lookup, slot=None) for lookup in found)
@@ -247,14 +251,12 @@ def _inner(eqn: JaxprEqn) -> Any:
     return inner[0] if inner and hasattr(_open(inner[0]), "eqns") else None
 
 
-def _takes_rows(eqn: JaxprEqn) -> bool:
-    """Returns whether a primitive gathers whole rows by their number."""
+def _axis_of_lookup(eqn: JaxprEqn) -> int | None:
+    """Returns the axis along which a primitive gathers elements by their number, or `None` if it does not."""
     if eqn.primitive.name != "gather":
-        return False
-    numbers, shape = eqn.params["dimension_numbers"], _shape(eqn.invars[0])
-    return numbers.collapsed_slice_dims == numbers.start_index_map == (0,) and (
-        tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-    )
+        return None
+    axes = eqn.params["dimension_numbers"].start_index_map
+    return int(axes[0]) if len(axes) == 1 and eqn.params["slice_sizes"][axes[0]] == 1 else None
 
 
 def _origin(eqn: JaxprEqn, origins: list[Origin], number: int) -> Origin:

@@ -100,6 +100,15 @@ class TracedTower:
         # The largest integer that a feature may have, if the tower computes with it as a float.
         self._exact: dict[str, tuple[Any, float]] = {}
         self._has_computed = False
+        # Ids may come from a table of the other features of the corpus, such as the genre of each film.
+        needed: frozenset[int] = frozenset().union(*(lookup.ids.variables for lookup in lookups))
+        self._integers = {
+            number: variable
+            for number, variable in enumerate(tower.variables)
+            if number in needed and jnp.issubdtype(variable.dtype, jnp.integer)
+        }
+        self._integer_values: dict[int, Any] = {}
+        self._note_integers()
         for lookup in lookups:
             # The dtype in which a feature comes does not round it.
             dtype, limit = narrowest(lookup.ids.dtypes - {features[name].dtype for name in lookup.ids.features})
@@ -110,7 +119,7 @@ class TracedTower:
                     if name not in smallest or lookup.num_rows < smallest[name].num_rows:
                         smallest[name] = AllowedIds(lookup.num_rows, repr(lookup.table))
                 continue
-            self._has_computed = self._has_computed or _is_computable(lookup)
+            self._has_computed = self._has_computed or self._is_computable(lookup)
             for name in lookup.ids.features & integers if jnp.issubdtype(dtype, jnp.floating) else ():
                 if limit < self._exact.get(name, (None, np.inf))[1]:
                     self._exact[name] = (dtype, limit)
@@ -139,10 +148,12 @@ class TracedTower:
                 )
         if not self._has_computed:
             return
+        self._note_integers()
         # Few sizes, because each is compiled.
         num_rows = padded_size(2 ** math.ceil(math.log2(size)))
         rows = np.minimum(np.arange(num_rows), size - 1)
-        results = self._compute({name: x[rows].astype(_jax_dtype(x)) for name, x in features.items()})
+        features = {name: x[rows].astype(_jax_dtype(x)) for name, x in features.items()}
+        results = self._compute(features, self._integer_values)
         for lookup, ids in zip(self._computed, map(np.asarray, results), strict=True):
             wrong = (ids < 0) | (ids >= lookup.num_rows)
             if wrong.any():
@@ -171,11 +182,24 @@ class TracedTower:
         origins += [Origin(frozenset({name}), dtypes=frozenset({features[name].dtype})) for name in sorted(features)]
         return program, program.find_lookups(origins, marked, [variable.path for variable in variables])
 
-    def _computed_ids(self, features: dict[str, Any]) -> list[Any]:
+    def _note_integers(self) -> None:
+        """Copies the integer weights, which have no values while Keras trains."""
+        for number, variable in self._integers.items():
+            if _keras.has_value(variable) and not isinstance(variable.value, jax.core.Tracer):
+                self._integer_values[number] = np.array(variable.value)
+
+    def _is_computable(self, lookup: Lookup) -> bool:
+        """Returns whether the ids of a lookup can be computed without the rest of the tower."""
+        return lookup.slot is not None and lookup.ids.variables <= self._integer_values.keys()
+
+    def _computed_ids(self, features: dict[str, Any], integers: dict[int, Any]) -> list[Any]:
         program, lookups = self._trace({name: jax.typeof(x) for name, x in features.items()})
-        self._computed = [each for each in lookups if each.ids.change != Change.MOVED and _is_computable(each)]
-        # No id depends on a variable.
-        values = [jnp.zeros(tuple(variable.shape), variable.dtype) for variable in self._tower.variables]
+        self._computed = [each for each in lookups if each.ids.change != Change.MOVED and self._is_computable(each)]
+        # No id depends on another variable.
+        values = [
+            integers[number] if number in integers else jnp.zeros(tuple(variable.shape), variable.dtype)
+            for number, variable in enumerate(self._tower.variables)
+        ]
         inputs = [*values, *(features[name] for name in sorted(features))]
         return program.values(inputs, [lookup.slot for lookup in self._computed if lookup.slot is not None])
 
@@ -209,11 +233,6 @@ def marking_ids(tower: keras.layers.Layer, marked: dict[str, MarkedTable]) -> It
     finally:
         for embedding in embeddings:
             object.__delattr__(embedding, "call")
-
-
-def _is_computable(lookup: Lookup) -> bool:
-    """Returns whether the ids of a lookup can be computed without the rest of the tower."""
-    return lookup.slot is not None and not lookup.ids.variables
 
 
 def _rounded(lookup: Lookup, dtype: Any, limit: float, features: dict[str, Any]) -> str:

@@ -10,22 +10,30 @@ import keras
 from keras_rs_contrib import _keras
 
 
-def record_shared_layers(first: keras.layers.Layer, second: keras.layers.Layer) -> None:
-    """Makes Keras write a common id into each config of a layer that is in two towers, within `sharing_objects`.
+def shared_layers(first: keras.layers.Layer, second: keras.layers.Layer) -> list[dict[str, Any]]:
+    """Returns the configs of the models that are in two towers, and gives each config of a shared layer a common id.
 
-    Keras adds the id to the first config when it meets the layer again. The configs of most layers hold copies of the
-    configs of their layers, which the id does not reach. A layer that has been serialized before gets it at once.
+    To be called within `sharing_objects`. Keras adds the id to the first config when it meets the layer again. The
+    configs of most layers hold copies of the configs of their layers, which the id does not reach. A layer that has
+    been serialized before gets it at once.
+
+    A model calls its layers when it is created. So that these calls are counted before a tower calls the same layers,
+    the models must be created first, the inner ones before those around them.
 
     Args:
         first: a tower that is serialized afterwards.
         second: another.
     """
     layers = {id(layer) for layer in _keras.sublayers(first)}
-    for layer in _keras.sublayers(second):
-        if id(layer) in layers:
-            # A layer without a config of its own is created by the layer around it.
-            with contextlib.suppress(NotImplementedError):
-                keras.saving.serialize_keras_object(layer)
+    shared = [layer for layer in _keras.sublayers(second) if id(layer) in layers]
+    configs = []
+    for layer in sorted(shared, key=lambda layer: len(_keras.sublayers(layer))):
+        # A layer without a config of its own is created by the layer around it.
+        with contextlib.suppress(NotImplementedError):
+            config = keras.saving.serialize_keras_object(layer)
+            if isinstance(layer, keras.Model):
+                configs.append(config)
+    return configs
 
 
 def copy_of_config(config: Any) -> Any:

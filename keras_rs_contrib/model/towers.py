@@ -115,6 +115,12 @@ def check_tower(name: str, tower: keras.layers.Layer, features: str | list[str])
                 f"The layers of `{name}` must run on JAX. Received: {layer.name!r}, a `{type(layer).__name__}`, which "
                 "Keras runs in TensorFlow. Apply it in the input pipeline, and pass its result as a feature."
             )
+    inputs = getattr(tower, "input", None) if isinstance(tower, keras.Model) and tower.built else None
+    if isinstance(inputs, dict) and not isinstance(features, str) and set(inputs) != set(features):
+        raise ValueError(
+            "The features of a functional tower must be its inputs, which Keras does not match by name. Received: "
+            f"{features} for `{name}`, whose inputs are {sorted(inputs)}. Pass the names of its inputs."
+        )
     if isinstance(tower, keras.layers.Embedding) and not isinstance(features, str):
         raise ValueError(
             f"An embedding takes one feature, and not a dict. Received: {features!r} for `{name}`. "

@@ -16,7 +16,7 @@ from keras_rs_contrib.model.failed_builds import RecoveringModel
 from keras_rs_contrib.model.feature_names import is_missing, names_in, select
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
 from keras_rs_contrib.model.row_rates import with_row_rates
-from keras_rs_contrib.model.weight_guard import WeightGuard
+from keras_rs_contrib.model.weight_guard import WeightGuard, own_values
 
 
 class PaddedModel(RecoveringModel):
@@ -212,6 +212,7 @@ class PaddedModel(RecoveringModel):
             )
         x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
         check_mesh(self.variables)
+        own_values(self)
         self.reset_metrics()
         return super().train_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 

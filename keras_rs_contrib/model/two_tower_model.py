@@ -27,7 +27,7 @@ from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, fl
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.objective import ModelWithObjective
-from keras_rs_contrib.model.shared_layers import copy_of_config, deserialize_tower, record_shared_layers
+from keras_rs_contrib.model.shared_layers import copy_of_config, deserialize_tower, shared_layers
 from keras_rs_contrib.model.towers import TowerCandidates, check_tower, embed_with_joined_lookups, embeddings_of
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
@@ -183,6 +183,8 @@ class TwoTowerModel(ModelWithObjective):
         self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, self.retrieval)
         if self.retrieval is not None and not self.retrieval.is_tied and self.candidate_id is not None:
             self.retrieval.take_ids_from(self.candidate_id)
+        if self.retrieval is not None:
+            self.retrieval.take_features(self.candidate_features)
         self.label = label
         self.sampling_probability = sampling_probability
         self.mixed_negatives = mixed_negatives
@@ -340,7 +342,9 @@ class TwoTowerModel(ModelWithObjective):
         config: dict[str, Any] = super().get_config()
         serialize = keras.saving.serialize_keras_object
         with _keras.sharing_objects():
-            record_shared_layers(self.query_tower, self.candidate_tower)
+            shared = shared_layers(self.query_tower, self.candidate_tower)
+            if shared:
+                config["shared_layers"] = shared
             config.update(
                 query_tower=serialize(self.query_tower),
                 candidate_tower=serialize(self.candidate_tower),
@@ -374,6 +378,8 @@ class TwoTowerModel(ModelWithObjective):
                 config[name] = config[name][0] if len(config[name]) == 1 else config[name]
         deserialize = keras.saving.deserialize_keras_object
         with _keras.sharing_objects():
+            for layer in config.pop("shared_layers", ()):
+                deserialize_tower(layer)
             for name in ("query_tower", "candidate_tower", "task", *OPTIONAL_LAYERS):
                 if isinstance(config.get(name), dict):
                     config[name] = deserialize_tower(config[name])

@@ -5,8 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_rs_contrib import _keras
+
+
+def own_values(model: keras.Model) -> list[keras.Variable]:
+    """Returns all variables of a model and its optimizer, after giving each an array of its own.
+
+    At the end of `fit`, an optimizer with `use_ema=True` assigns one array to a weight and to its average. A step
+    donates the arrays of all variables, which fails if it is given one array twice.
+
+    Args:
+        model: a model.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *model.metrics_variables, *(optimizer.variables if optimizer else [])]
+    seen: dict[int, int] = {}
+    for variable in variables:
+        if _keras.has_value(variable) and seen.setdefault(id(variable.value), id(variable)) != id(variable):
+            variable.assign(ops.copy(variable.value))
+    return variables
 
 
 class WeightGuard(keras.callbacks.Callback):  # type: ignore[misc]
@@ -37,8 +56,7 @@ class WeightGuard(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the values, which the variables still have now."""
-        optimizer = getattr(self.model, "optimizer", None)
-        variables = [*self.model.variables, *self.model.metrics_variables, *(optimizer.variables if optimizer else [])]
+        variables = own_values(self.model)
         self._values = [(variable, variable.value) for variable in variables if _keras.has_value(variable)]
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:

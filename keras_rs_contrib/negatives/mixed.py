@@ -147,7 +147,8 @@ class MixedNegatives(IdArguments, keras.layers.Layer):  # type: ignore[misc]
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if the ids are not flat, or the mask has another shape.
+            ValueError: if the ids are not flat, the mask has another shape, or, outside of compiled functions, an id is
+                out of range.
         """
         # This call also checks the shapes, so it comes before the draw.
         in_batch = self.sampling_probability(candidate_ids, candidate_mask=candidate_mask, training=training)

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_rs_contrib.arguments import explains_keywords, positive_int
 from keras_rs_contrib.distribution import check_layout
-from keras_rs_contrib.ids import IdArguments
+from keras_rs_contrib.ids import IdArguments, check_known_ids
 
 # The variables that hold the estimate.
 STATE = ("share", "share_error", "updated_at", "now", "total", "total_error")
@@ -106,12 +106,13 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
             training: bool, whether to count the batch.
 
         Returns:
-            `[batch]` float32 in [0, 1]: 0 for a candidate that has not occurred yet or has no counts, and NaN for an id
-            out of range, which is not counted.
+            `[batch]` float32 in [0, 1]: 0 for a candidate that has not occurred yet or has no counts, and NaN for
+            padding out of range. In a compiled function, any id out of range gives NaN, and is not counted.
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if the ids are not flat, or the mask has another shape.
+            ValueError: if the ids are not flat, the mask has another shape, or, outside of compiled functions, an id is
+                out of range.
         """
         if len(candidate_ids.shape) != 1:
             raise ValueError(
@@ -124,6 +125,7 @@ class StreamingSamplingProbability(IdArguments, keras.layers.Layer):  # type: ig
                 f"shape {tuple(candidate_mask.shape)} for ids of shape {tuple(candidate_ids.shape)}. "
                 "Pass a mask of the same shape."
             )
+        check_known_ids(candidate_ids, self.num_candidates, self.name, candidate_mask)
         known = ops.logical_and(ops.greater_equal(candidate_ids, 0), ops.less(candidate_ids, self.num_candidates))
         rows = ops.clip(candidate_ids, 0, self.num_candidates - 1)
         if self.is_fixed:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_rs_contrib.arguments import check_sample_weight, differ
+from keras_rs_contrib.arguments import check_sample_weight, differ, known_values
 from keras_rs_contrib.ids import NO_CANDIDATE, to_int32
 
 
@@ -71,6 +71,14 @@ def check_arguments(arguments: CallArguments, settings_for_negatives: Sequence[s
     _check_shapes(arguments)
     if arguments.sample_weight is not None:
         check_sample_weight(arguments.sample_weight, arguments.candidate_mask)
+    for name in ("candidate_sampling_probability", "negative_sampling_probability"):
+        given = getattr(arguments, name)
+        values = None if given is None else known_values(given)
+        if values is not None and (values < 0).any():
+            raise ValueError(
+                f"`{name}` must be at least 0. Received: {values[values < 0][0]}. Pass probabilities, not their "
+                "logarithms."
+            )
     if arguments.labels is not None:
         _check_labels(arguments, settings_for_negatives)
     else:

@@ -3,11 +3,12 @@
 import keras
 import keras_rs
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 from conftest import data_parallel
 
-from keras_rs_contrib import RefreshCandidates, ShardedEmbedding, shard_candidates
+from keras_rs_contrib import RefreshCandidates, ShardedEmbedding, TwoTowerModel, shard_candidates
 from keras_rs_contrib.index import corpus
 
 FEATURES = np.random.default_rng(1).normal(size=(10, 3)).astype("float32")
@@ -102,3 +103,56 @@ def test_the_checksum_sees_every_bit_and_no_padding():
     ones = np.eye(1, 2048, dtype="float32")
     assert (corpus.checksum([keras.Variable(ones)]) != corpus.checksum([keras.Variable(ones[:, ::-1])])).all()
     assert (corpus.checksum([variable, variable]) != known).any()
+
+
+def make_catalogue(rng):
+    ids = rng.permutation(7).astype("int32")
+    return {"genre": ids % 3, "id": ids, "year": rng.permutation(7).astype("int32")}
+
+
+def dict_tower():
+    inputs = {name: keras.Input((), dtype="int32", name=name) for name in ("genre", "year")}
+    return keras.Model(
+        inputs, keras.layers.Embedding(7, 4)(inputs["genre"]) + keras.layers.Embedding(7, 4)(inputs["year"])
+    )
+
+
+class Around(keras.layers.Layer):
+    """Passes a dict on to a functional model."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = dict_tower()
+
+    def call(self, features):
+        return self.tower(features)
+
+
+@pytest.mark.filterwarnings("ignore:The structure of `inputs`:UserWarning")
+@pytest.mark.parametrize("make_tower", [dict_tower, Around])
+@pytest.mark.parametrize("form", [dict, pd.DataFrame])
+def test_only_the_features_of_the_tower_reach_it(rng, make_tower, form):
+    """Keras takes the values of a dict in the order of its keys, whatever the names of the inputs are."""
+    catalogue, tower = make_catalogue(rng), make_tower()
+    candidates = form(catalogue) if form is dict else form({**catalogue, "title": ["x"] * 7})
+    index = shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), tower, candidates=candidates)
+    model = TwoTowerModel(
+        keras.layers.Embedding(5, 4), tower, "user", ["genre", "year"], candidate_id="id", retrieval=index
+    )
+    expected = tower({name: catalogue[name] for name in ("genre", "year")})
+    model.recommend({"user": np.arange(5)})
+    np.testing.assert_allclose(index.candidate_embeddings, expected, rtol=1e-6)
+    np.testing.assert_array_equal(index.candidate_ids, catalogue["id"])
+    index.refresh(candidates)
+    np.testing.assert_allclose(index.candidate_embeddings, expected, rtol=1e-6)
+
+
+def test_features_that_are_not_the_inputs_of_the_tower_raise(rng):
+    catalogue = make_catalogue(rng)
+    with pytest.raises(
+        ValueError, match=r"must be its inputs.*Received: \['genre', 'id', 'year'\].*\['genre', 'year'\]"
+    ):
+        TwoTowerModel(keras.layers.Embedding(5, 4), dict_tower(), "user", ["genre", "id", "year"])
+    del catalogue["year"]
+    with pytest.raises(ValueError, match=r"all features of the candidate tower. Received: \['genre', 'id'\], without"):
+        shard_candidates(keras_rs.layers.BruteForceRetrieval(k=2), dict_tower(), candidates=catalogue)

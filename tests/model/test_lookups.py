@@ -57,6 +57,34 @@ class Wrapped(keras.Model):
         return self.embedding(ops.cast(ops.expand_dims(ids, 1), "float32"))[:, 0]
 
 
+class Own(keras.layers.Layer):
+    """Looks ids up in a table with a function."""
+
+    def __init__(self, look_up):
+        super().__init__()
+        self.look_up = look_up
+
+    def build(self, input_shape):
+        self.table = self.add_weight(shape=(ROWS, 8))
+
+    def call(self, ids):
+        return self.look_up(ops.convert_to_tensor(self.table), ids)
+
+
+class Genre(keras.layers.Layer):
+    """Looks up the genre of each id in a weight, and the embedding of the genre in a table that lacks the last one."""
+
+    def build(self, input_shape):
+        genres = np.arange(ROWS) // 5
+        self.genres = self.add_weight(
+            shape=(ROWS,), dtype="int32", trainable=False, initializer=lambda shape, dtype=None: ops.array(genres)
+        )
+        self.table = self.add_weight(shape=(genres.max(), 8))
+
+    def call(self, ids):
+        return ops.take(self.table, ops.take(self.genres, ids, axis=0), axis=0)
+
+
 class FromOne(keras.layers.Layer):
     """Ids are counted from 1."""
 
@@ -92,6 +120,10 @@ TOWERS = {
     "own model": Wrapped,
     "own table": OwnTake,
     "own table in sequential": lambda: keras.Sequential([OwnTake()]),
+    "own table along the last axis": lambda: Own(lambda table, ids: ops.take(ops.transpose(table), ids, axis=1).T),
+    "own table along an axis": lambda: Own(
+        lambda table, ids: ops.take_along_axis(table, ops.tile(ops.expand_dims(ids, 1), (1, 8)), axis=0)
+    ),
     "constant table": lambda: keras.Sequential([Constant(), keras.layers.Dense(8)]),
 }
 
@@ -139,7 +171,7 @@ def test_ids_without_a_row_are_refused_in_every_tower(name):
     for wrong in (ROWS, -1):
         users = np.where(np.arange(len(USERS)) == 5, wrong, USERS)
         message = rf"'user' must be a whole number in \[0, 19\].*\n?.*Received: {wrong} in row 5"
-        if name in ("own table", "own table in sequential", "constant table", "with LoRA"):
+        if name in ("own table", "own table in sequential", "own table along an axis", "constant table", "with LoRA"):
             message = rf"\[0, 19\].*Received: {wrong} "
         assert_refuses(model, users, message)
 
@@ -360,3 +392,22 @@ def test_each_table_of_candidate_ids_is_named_in_errors():
         model.fit(data(USERS), shuffle=False, verbose=0)
     with pytest.raises(ValueError, match=r"'movie' must be .*\[0, 11\].*the index.*Received: 12"):
         make_model(embedding()).fit({"user": USERS, "movie": USERS}, shuffle=False, verbose=0)
+
+
+def test_ids_from_a_table_of_other_features_are_checked():
+    model = make_model(Genre())
+    model.fit(data(np.arange(15)), verbose=0)
+    last = (ROWS - 1) // 5
+    message = rf"computes from the feature 'user' must be in \[0, {last - 1}\].*Received: {last} for row 1"
+    assert_refuses(model, np.array([0, ROWS - 1]), message)
+
+
+def test_float_ids_that_float32_rounds_are_refused():
+    rows = 2**24 + 8
+    table = keras.layers.Embedding(rows, 1, embeddings_initializer="zeros")
+    model = TwoTowerModel(table, keras.layers.Embedding(12, 1), "user", "movie")
+    model.compile("sgd")
+    for dtype in ("float32", "float64"):
+        assert_refuses(
+            model, np.array([3, 2**24 + 2], dtype), r"'user' must hold ids, as integers.*up to 16777216.*astype"
+        )

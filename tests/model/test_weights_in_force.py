@@ -222,3 +222,20 @@ def test_a_model_stays_on_the_devices_it_was_created_on(name, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "a.keras")
     np.testing.assert_array_equal(loaded.recommend(QUERIES).ids, expected)
     loaded.fit(DATA, verbose=0)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"ema_overwrite_frequency": 2}], ids=["at the end", "every second step"])
+def test_training_continues_with_averaged_weights(arguments, tmp_path):
+    """At the end of `fit`, Keras assigns one array to a weight and to its average."""
+    model = make_model(optimizer=keras.optimizers.Adam(0.1, use_ema=True, **arguments))
+    losses = [model.fit(DATA, batch_size=16, verbose=0).history["loss"][0]]
+    model.train_on_batch(DATA)
+    losses.append(model.fit(DATA, batch_size=16, verbose=0).history["loss"][0])
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    history = model.fit(DATA, epochs=2, batch_size=16, validation_data=DATA, verbose=0, callbacks=[swap]).history
+    losses += history["loss"]
+    assert losses[-1] < losses[0]
+    model.predict(QUERIES, callbacks=[keras.callbacks.SwapEMAWeights()], verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.recommend(QUERIES).ids, lists(model))

@@ -238,7 +238,10 @@ def test_invalid_batches_raise_and_draw_nothing(ids, mask, error, match):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_probability_of_an_id_out_of_range_is_nan():
+def test_an_id_out_of_range_raises_or_has_no_probability_in_a_compiled_function():
     layer = MixedNegatives(StreamingSamplingProbability(3, counts=[1, 1, 1]), 2, exclude_ids=[2])
-    result = layer(np.array([3, 1, -1]), training=True)
+    with pytest.raises(ValueError, match=r"must be in \[0, 2\]. Received: 3 in row 0"):
+        layer(np.array([3, 1, -1]), training=True)
+    drawn = layer.draw()
+    result = jax.jit(lambda ids: layer.with_drawn(ids, drawn))(np.array([3, 1, -1]))
     np.testing.assert_array_equal(np.isnan(result.candidate_sampling_probability), [True, False, True, False, False])

@@ -292,15 +292,16 @@ def test_invalid_ids_raise_and_are_not_counted(ids, error, words):
     assert all((value == 0).all() for value in state_of(layer))
 
 
-def test_probability_of_an_id_above_the_range_is_nan():
-    layer = StreamingSamplingProbability(3)
+def test_an_id_out_of_range_raises_or_has_no_probability_in_a_compiled_function():
+    layer = StreamingSamplingProbability(3, name="counts")
     layer(np.array([0, 1]), training=True)
-    np.testing.assert_allclose(layer(np.array([0, 3, 1])), [0.5, np.nan, 0.5], rtol=1e-6)
-
-
-def test_probability_of_a_negative_id_is_nan():
-    layer = StreamingSamplingProbability(3)
-    np.testing.assert_allclose(layer(np.array([0, -1]), training=True), [1.0, np.nan])
+    for wrong in (3, -1):
+        ids = np.array([0, wrong, 1])
+        with pytest.raises(ValueError, match=rf"`candidate_ids` of 'counts'.*\[0, 2\]. Received: {wrong} in row 1"):
+            layer(ids, training=True)
+        np.testing.assert_allclose(jax.jit(layer)(ids), [0.5, np.nan, 0.5], rtol=1e-6)
+        padded = layer(ids, candidate_mask=np.array([True, False, True]))
+        np.testing.assert_allclose(padded, [0.5, np.nan, 0.5], rtol=1e-6)
 
 
 def test_mask_of_another_length_raises():

@@ -154,5 +154,13 @@ def test_the_gradient_of_a_probability_of_zero_is_zero(rng, is_streamed, monkeyp
 
 def test_an_id_out_of_range_still_makes_the_loss_nan(rng):
     queries, candidates = embeddings(rng)
-    probability = StreamingSamplingProbability(7, counts=np.ones(7))(np.arange(8))
+    probability = jax.jit(StreamingSamplingProbability(7, counts=np.ones(7)))(np.arange(8))
     assert np.isnan(DistributedTwoTowerTask()(queries, candidates, candidate_sampling_probability=probability))
+
+
+@pytest.mark.parametrize("name", ["candidate_sampling_probability", "negative_sampling_probability"])
+def test_negative_probabilities_raise(name):
+    arguments = {"negative_embeddings": np.ones((2, 2, 3), "float32")}
+    arguments[name] = np.log([[0.5, 0.5], [0.5, 0.5]]) if name.startswith("negative") else np.array([-0.5, 0.5])
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 0. Received: -0.[56].*not their logarithms"):
+        DistributedTwoTowerTask()(np.ones((2, 3), "float32"), np.ones((2, 3), "float32"), **arguments)
