@@ -67,7 +67,7 @@ def check_sample_weight(sample_weight: Any, is_present: Any = None) -> None:
     weights = known_values(sample_weight)
     if weights is None:
         return
-    present = np.ones(len(weights)) if is_present is None else known_values(is_present)
+    present: np.ndarray[Any, Any] | None = np.ones(len(weights)) if is_present is None else known_values(is_present)
     if present is None:
         return
     weights, present = weights.astype("float32"), present[: len(weights)].astype(bool)
