@@ -109,7 +109,7 @@ def test_another_backend_does_what_needs_no_devices():
             print(float(metric.result()), file=sys.stderr)
         sampling = StreamingSamplingProbability(4)
         assert sampling(np.array([3, 0, 3, 1]), training=True).numpy().tolist() == [0.5, 0.25, 0.5, 0.25]
-        assert np.isnan(sampling(np.array([4]), training=True).numpy()[0])
+        assert np.isnan(sampling(np.array([4]), candidate_mask=np.array([False])).numpy()[0])
         assert [len(sample_weight) for _, _, sample_weight in pad_batches(np.arange(5), 4)] == [8]
         try:
             TwoTowerModel(tower, tower, "a", "b")
