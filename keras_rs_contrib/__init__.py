@@ -26,6 +26,7 @@ from keras_rs_contrib.tables.row_optimizers import LazyAdam, RowAdagrad, RowSGD,
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.vocabulary import Vocabulary
 
 __all__ = [
     "CrossBatchMemory",
@@ -47,6 +48,7 @@ __all__ = [
     "ShardedEmbedding",
     "StreamingSamplingProbability",
     "TwoTowerModel",
+    "Vocabulary",
     "group_candidate_ids",
     "lookup_together",
     "mixed_sampling_probability",

@@ -31,6 +31,7 @@ __all__ = [
     "has_value",
     "is_in_stateless_scope",
     "is_loading",
+    "is_saving",
     "is_tracing_symbolically",
     "num_calls_of_shared",
     "set_layout",
@@ -57,6 +58,15 @@ def is_loading() -> bool:
     # 2. Keras's global state is the only trace of a file being loaded.
     objects = global_state.get_global_attribute("shared_objects/id_to_obj_map")
     return objects is not None and not isinstance(objects, _SharedObjects)
+
+
+def is_saving() -> bool:
+    """Returns whether Keras is writing a `.keras` file, which contains the assets of layers beside their configs.
+
+    Replacement: a public query, such as `keras.saving.is_saving()`.
+    """
+    # 2. The same global state, which Keras also sets while it loads a file.
+    return is_loading()
 
 
 class _SharedObjects(dict[int, Any]):

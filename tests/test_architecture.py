@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports from its own level and from those above it in this list.
 LEVELS = [
     {"_keras", "arguments", "columns", "scores"},
-    {"distribution", "ids", "metrics"},
+    {"distribution", "ids", "metrics", "vocabulary"},
     {"batches", "tables", "task", "negatives"},
     {"index"},
     {"model"},

@@ -56,6 +56,7 @@ PUBLIC = [
     "ShardedEmbedding",
     "StreamingSamplingProbability",
     "TwoTowerModel",
+    "Vocabulary",
     "group_candidate_ids",
     "lookup_together",
     "pad_batches",
