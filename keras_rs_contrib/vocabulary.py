@@ -117,6 +117,9 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         if integers is not None and (unknown == "row" or integers.all()):
             return integers
         flat, shape = _flat_list(names)
+        if not isinstance(self._names[1], str):
+            # In a dict, 1.0 and True are equal to 1.
+            _check(flat)
         rows = np.array(list(map(rows_of_names.get, flat, itertools.repeat(UNKNOWN_ROW))), "int32")
         if not rows.all():
             # The slow checks are for the names that were not found.

@@ -149,6 +149,9 @@ def test_invalid_arguments_raise():
     vocabulary = Vocabulary(["a", "b"], name="letters")
     with pytest.raises(TypeError, match=r"kind of the vocabulary's names. Received: 1, and 'a' in 'letters'"):
         vocabulary.encode([1])
+    for wrong in ([1.0], [True], np.array([1.0])):
+        with pytest.raises(TypeError, match=r"all strings or all integers. Received: (1.0|True) in row 0"):
+            Vocabulary([1, 2]).encode(wrong)
     with pytest.raises(ValueError, match=r"A row must be in \[-1, 2\]. Received: 3"):
         vocabulary.decode([3])
     with pytest.raises(ValueError, match=r"A row must be in \[-1, 2\]. Received: -2"):
