@@ -24,6 +24,16 @@ def as_dict(x: Any) -> Any:
     return {name: x[name] for name in x.columns} if is_frame(x) else x
 
 
+def names_in(names: str | list[str]) -> list[str]:
+    """Returns names as a list."""
+    return [names] if isinstance(names, str) else names
+
+
+def select(features: dict[str, Any], names: str | list[str]) -> Any:
+    """Returns the input of a tower: its one feature, or a dict of those in a list."""
+    return features[names] if isinstance(names, str) else {name: features[name] for name in names}
+
+
 def arrays_of(features: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:
     """Returns the features that a model needs as arrays, and others only if they are arrays of numbers already.
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 from keras import ops
 
-from keras_rs_contrib.columns import as_array, as_dict, is_frame, is_series
+from keras_rs_contrib.columns import as_array, as_dict, is_frame, is_series, names_in, select
 
 # Candidates that go through a feature tower at once: enough to keep it busy, with little memory.
 REFRESH_BLOCK_SIZE = 4096
@@ -61,6 +61,12 @@ def as_arrays(candidates: Any) -> Any:
     return arrays
 
 
+def input_names(tower: keras.layers.Layer) -> list[str] | None:
+    """Returns the names of the inputs of a functional model that takes a dict, and `None` for other towers."""
+    inputs = getattr(tower, "input", None) if isinstance(tower, keras.Model) and tower.built else None
+    return list(inputs) if isinstance(inputs, dict) else None
+
+
 def inputs_of(tower: keras.layers.Layer, candidates: Any, features: str | list[str] | None) -> Any:
     """Returns the part of the candidates that a tower takes.
 
@@ -77,18 +83,16 @@ def inputs_of(tower: keras.layers.Layer, candidates: Any, features: str | list[s
     """
     if not isinstance(candidates, dict):
         return candidates
-    if features is None and isinstance(tower, keras.Model) and tower.built:
-        inputs = getattr(tower, "input", None)
-        features = list(inputs) if isinstance(inputs, dict) else None
+    features = input_names(tower) if features is None else features
     if features is None or (isinstance(features, str) and features not in candidates):
         return candidates
-    missing = [name for name in ([features] if isinstance(features, str) else features) if name not in candidates]
+    missing = [name for name in names_in(features) if name not in candidates]
     if missing:
         raise ValueError(
             f"`candidates` must have all features of the candidate tower. Received: {sorted(map(str, candidates))}, "
             f"without {missing}. Add them."
         )
-    return candidates[features] if isinstance(features, str) else {name: candidates[name] for name in features}
+    return select(candidates, features)
 
 
 def embed(tower: keras.layers.Layer, candidates: Any, verbose: int | str = "auto") -> np.ndarray[Any, Any]:

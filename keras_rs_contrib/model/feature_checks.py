@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from keras_rs_contrib.model.id_origins import narrowest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _check_ids(batch: int, name: str, values: np.ndarray[Any, Any], allowed: All
     if values.dtype.kind == "f":
         # Keras converts a column of float64, such as one that pandas made of integers, without an error.
         dtype = jax.dtypes.canonicalize_dtype(values.dtype)
-        limit = 2.0 ** (jnp.finfo(dtype).nmant + 1)  # type: ignore[no-untyped-call]
+        _, limit = narrowest(frozenset({dtype}))
         if values.max() >= limit:
             raise ValueError(
                 f"The feature {name!r} must hold ids, as integers, or as floats that hold each of them. Received: "

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from keras_rs_contrib.columns import names_in
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNames:
@@ -126,16 +128,6 @@ def feature_names(argument: str, names: str | Sequence[str]) -> str | list[str]:
             f"`{argument}` must be the name of a feature, or several. Received: {names!r}. Pass keys of the batch."
         )
     return result
-
-
-def names_in(names: str | list[str]) -> list[str]:
-    """Returns names as a list."""
-    return [names] if isinstance(names, str) else names
-
-
-def select(features: dict[str, Any], names: str | list[str]) -> Any:
-    """Returns the input of a tower: its one feature, or a dict of those in a list."""
-    return features[names] if isinstance(names, str) else {name: features[name] for name in names}
 
 
 def flat(ids: Any) -> Any:

@@ -15,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.batches import batch_length, padded_size
+from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.model.feature_checks import AllowedIds
-from keras_rs_contrib.model.feature_names import names_in, select
 from keras_rs_contrib.model.id_origins import Change, Lookup, MarkedTable, Origin, Program, narrowest
 
 

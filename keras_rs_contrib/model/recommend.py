@@ -16,7 +16,6 @@ from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.callbacks import set_modes
-from keras_rs_contrib.model.feature_names import select
 from keras_rs_contrib.model.finite_loss import no_embedding
 from keras_rs_contrib.model.queries import (
     CheckedQueries,
@@ -195,7 +194,7 @@ class RecommendingModel(PaddedModel):
         return embed
 
     def _embed_queries(self, features: dict[str, Any], training: bool | None = False) -> Any:
-        return embeddings_of(self.query_tower, select(features, self.query_features), training, "query_tower")
+        return embeddings_of(self.query_tower, columns.select(features, self.query_features), training, "query_tower")
 
     def _index(self) -> ShardedBruteForceRetrieval:
         if self.retrieval is None:

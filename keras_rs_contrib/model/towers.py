@@ -10,8 +10,10 @@ import keras
 from keras import ops
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.columns import select
 from keras_rs_contrib.index.candidate_store import is_table
-from keras_rs_contrib.model.feature_names import FeatureNames, flat, select
+from keras_rs_contrib.index.corpus import input_names
+from keras_rs_contrib.model.feature_names import FeatureNames, flat
 from keras_rs_contrib.tables.joined_lookups import with_joined_lookups
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 
@@ -115,8 +117,8 @@ def check_tower(name: str, tower: keras.layers.Layer, features: str | list[str])
                 f"The layers of `{name}` must run on JAX. Received: {layer.name!r}, a `{type(layer).__name__}`, which "
                 "Keras runs in TensorFlow. Apply it in the input pipeline, and pass its result as a feature."
             )
-    inputs = getattr(tower, "input", None) if isinstance(tower, keras.Model) and tower.built else None
-    if isinstance(inputs, dict) and not isinstance(features, str) and set(inputs) != set(features):
+    inputs = input_names(tower)
+    if inputs is not None and not isinstance(features, str) and set(inputs) != set(features):
         raise ValueError(
             "The features of a functional tower must be its inputs, which Keras does not match by name. Received: "
             f"{features} for `{name}`, whose inputs are {sorted(inputs)}. Pass the names of its inputs."

@@ -11,9 +11,10 @@ import keras
 import numpy as np
 
 from keras_rs_contrib import _keras, batches, columns
+from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
 from keras_rs_contrib.model.failed_builds import RecoveringModel
-from keras_rs_contrib.model.feature_names import is_missing, names_in, select
+from keras_rs_contrib.model.feature_names import is_missing
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
 from keras_rs_contrib.model.row_rates import with_row_rates
 from keras_rs_contrib.model.weight_guard import WeightGuard, own_values
