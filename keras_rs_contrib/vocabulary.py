@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import operator
 import pathlib
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -16,6 +14,16 @@ import numpy as np
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.names import (
+    NO_ROW,
+    are_few_strings,
+    are_padding,
+    as_name,
+    check_different,
+    check_names,
+    flat_names,
+    padded_names,
+)
 
 UNKNOWN_ROW = 0
 # Up to this many names are in the config of a saved model. More are in a file of their own.
@@ -53,8 +61,8 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
     """
 
     def __init__(self, names: Any, **kwargs: Any) -> None:
-        names = _flat_list(names)[0]
-        _check_unique(names)
+        names = flat_names(names)[0]
+        check_different(names)
         super().__init__(**kwargs)
         self._set_names(names)
         self.built = True
@@ -75,8 +83,8 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         """
         min_count = positive_int(min_count, "min_count")
         max_size = None if max_size is None else positive_int(max_size, "max_size")
-        flat, _ = _flat_list(values)
-        _check(flat)
+        flat, _ = flat_names(values)
+        check_names(flat)
         counts = Counter(flat).most_common(max_size)
         return cls([name for name, count in counts if count >= min_count], **kwargs)
 
@@ -88,7 +96,7 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         return True
 
     def __contains__(self, name: Any) -> bool:
-        return _as_name(name) in self._known_rows()
+        return as_name(name) in self._known_rows()
 
     @property
     def names(self) -> list[Any]:
@@ -96,15 +104,18 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         self._known_rows()
         return list(self._names[1:])
 
-    def encode(self, names: Any, *, unknown: str = "row") -> np.ndarray[Any, Any]:
+    def encode(self, names: Any, *, unknown: str = "row", padded: bool = False) -> np.ndarray[Any, Any]:
         """Returns the rows of names.
 
         Args:
-            names: a name, or a list, a Series or an array of names, of any shape.
+            names: a name, or a list, a Series or an array of names, of any shape. With `padded`, also a list or a
+                Series of lists or sets of different lengths.
             unknown: `"row"`, for which names that are not in the vocabulary get row 0, or `"error"`.
+            padded: whether `None`, NaN, `""` and, among integers, -1 are padding, whose row is -1. Short rows of lists
+                are padded on the left, so that the last name of each is in the last column.
 
         Returns:
-            int32, shape of `names`.
+            int32, shape of `names`, or `[num_rows, m]` for rows of up to m names.
 
         Raises:
             TypeError: if a name is neither a string nor an integer, or if the vocabulary has names of the other kind.
@@ -112,14 +123,21 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         """
         if unknown not in ("row", "error"):
             raise ValueError(f"`unknown` must be 'row' or 'error'. Received: {unknown!r}. Pass one of them.")
+        if padded:
+            return self._encode_padded(names, unknown)
         rows_of_names = self._known_rows()
         integers = self._encode_integers(names)
         if integers is not None and (unknown == "row" or integers.all()):
             return integers
-        flat, shape = _flat_list(names)
+        if are_few_strings(names):
+            codes, different = names.factorize()
+            if (codes >= 0).all():
+                rows_of_different = self.encode(np.asarray(different, object), unknown=unknown)
+                return np.asarray(rows_of_different[codes])
+        flat, shape = flat_names(names)
         if not isinstance(self._names[1], str):
             # In a dict, 1.0 and True are equal to 1.
-            _check(flat)
+            check_names(flat)
         rows = np.array(list(map(rows_of_names.get, flat, itertools.repeat(UNKNOWN_ROW))), "int32")
         if not rows.all():
             # The slow checks are for the names that were not found.
@@ -228,9 +246,18 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         result: np.ndarray[Any, Any] = np.where(inside, table[np.where(inside, integers - least, 0)], 0)
         return result
 
+    def _encode_padded(self, names: Any, unknown: str) -> np.ndarray[Any, Any]:
+        """Returns the rows of names with padding."""
+        self._known_rows()
+        array = names if isinstance(names, np.ndarray) and names.dtype.kind in "iu" else padded_names(names)
+        is_padding = are_padding(array, isinstance(self._names[1], str))
+        result = np.full(array.shape, NO_ROW, "int32")
+        result[~is_padding] = self.encode(array[~is_padding], unknown=unknown)
+        return result
+
     def _check_unknown(self, names: list[Any], unknown: str) -> None:
         """Raises an error for names that are not in the vocabulary, if they cannot be names, or must be known."""
-        _check(names)
+        check_names(names)
         kinds = {type(name) for name in (names[0], *self._names[1:2])}
         if len(kinds) > 1:
             raise TypeError(
@@ -254,89 +281,3 @@ def _row_table(names: list[Any]) -> tuple[int, np.ndarray[Any, Any]] | None:
     table = np.full(largest - least + 1, UNKNOWN_ROW, "int32")
     table[np.array(names, "int64") - least] = np.arange(1, len(names) + 1)
     return least, table
-
-
-def _flat_list(values: Any) -> tuple[list[Any], tuple[int, ...]]:
-    """Returns a column of names as a list of strings, integers or what else it holds, and its shape."""
-    if isinstance(values, (str, bytes, int)):
-        return [_as_name(values)], ()
-    if isinstance(values, np.ndarray):
-        array = values
-    elif hasattr(values, "to_numpy"):
-        # A Series has one dtype for its index and values; its missing values become None.
-        array = values.to_numpy(dtype=object) if not isinstance(values.dtype, np.dtype) else values.to_numpy()
-    elif hasattr(values, "numpy") or hasattr(values, "__array__"):
-        array = np.asarray(values)
-    elif isinstance(values, Iterable):
-        rows = list(values)
-        if all(isinstance(row, (str, int)) for row in rows):
-            return rows, (len(rows),)
-        array = _object_array(rows)
-    else:
-        return [values], ()
-    flat = array.ravel().tolist()
-    if not set(map(type, flat)) <= {str, int}:
-        flat = [_as_name(value) for value in flat]
-    return flat, array.shape
-
-
-def _object_array(rows: list[Any]) -> np.ndarray[Any, Any]:
-    """Returns rows, which are names or lists of equal length, as an object array."""
-    lengths = {len(row) if isinstance(row, (list, tuple, np.ndarray)) else None for row in rows}
-    if len(lengths) > 1:
-        raise ValueError(
-            "Names must form an array. Received: rows of different lengths, or lists beside names. "
-            "Pass one flat list, or pad the rows with a name of their own."
-        )
-    return np.array(rows, object)
-
-
-def _as_name(value: Any) -> Any:
-    """Returns a string or an integer as Python has it, and other values unchanged."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if isinstance(value, (bool, np.bool_)):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
-
-
-def _check(names: list[Any]) -> None:
-    """Raises an error if values are not all strings, or all integers, or if one is empty or missing."""
-    kinds = set(map(type, names))
-    if kinds == {str} and "" in names:
-        raise ValueError(
-            f"A name must not be empty. Received: '' in row {names.index('')}. Fill it in, or leave the row out."
-        )
-    if kinds <= {str} or kinds <= {int}:
-        return
-    first = next((kind for kind in map(type, names) if kind in (str, int)), None)
-    row, wrong = next((row, name) for row, name in enumerate(names) if type(name) is not first)
-    if wrong is None or type(wrong).__name__ in ("NAType", "NaTType") or (isinstance(wrong, float) and wrong != wrong):
-        raise ValueError(
-            f"A name must not be missing. Received: {wrong!r} in row {row}. Fill it in, or leave the row out."
-        )
-    others = "" if first is None else f" beside names of type {first.__name__}"
-    raise TypeError(
-        "Names must be all strings or all integers. Received: "
-        f"{wrong!r} in row {row}{others}. Convert them, for instance with `.astype(str)`."
-    )
-
-
-def _check_unique(names: list[Any]) -> None:
-    """Raises an error if values are not different names."""
-    _check(names)
-    if not names:
-        raise ValueError(
-            "A vocabulary must have a name. Received: none. Pass names, or a smaller `min_count` to `from_data`."
-        )
-    if len(set(names)) < len(names):
-        name, count = Counter(names).most_common(1)[0]
-        raise ValueError(
-            f"Each name must occur once. Received: {name!r} {count} times. Use `Vocabulary.from_data` for a column "
-            "of a data set."
-        )

@@ -222,3 +222,56 @@ def test_a_vocabulary_whose_names_are_not_loaded_says_so(tmp_path):
     for use in (lambda: lacking.encode(["a"]), lambda: lacking.decode([1]), lambda: lacking.names):
         with pytest.raises(ValueError, match=r"must be loaded before it is used. Received: 'users', whose 1500 names"):
             use()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [["Up"], ["Heat", "?", "Up"], []],
+        [("Up",), ("Heat", "?", "Up"), ()],
+        [[None, None, "Up"], ["Heat", "?", "Up"], [None, None, None]],
+        np.array([["", "", "Up"], ["Heat", "?", "Up"], ["", "", ""]]),
+        np.array([[b"", b"", b"Up"], [b"Heat", b"?", b"Up"], [b"", b"", b""]], object),
+        pd.Series([["Up"], ["Heat", "?", "Up"], []]),
+        np.array([[np.nan, None, "Up"], ["Heat", "?", "Up"], [pd.NA, "", None]], object),
+    ],
+    ids=["lists", "tuples", "padded", "numpy", "bytes", "series", "missing"],
+)
+def test_padded_names_are_rows_with_the_last_name_in_the_last_column(names):
+    vocabulary = Vocabulary(["Heat", "Up"])
+    np.testing.assert_array_equal(vocabulary.encode(names, padded=True), [[-1, -1, 2], [1, 0, 2], [-1, -1, -1]])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int16", object])
+def test_padded_integers_have_minus_one_as_padding(dtype):
+    vocabulary = Vocabulary([30, 10])
+    rows = vocabulary.encode(np.array([[-1, 10], [30, 5]], dtype), padded=True)
+    np.testing.assert_array_equal(rows, [[-1, 2], [1, 0]])
+    assert rows.dtype == "int32"
+
+
+def test_padded_names_that_are_unknown_or_no_names_are_errors():
+    vocabulary = Vocabulary(["Heat", "Up"])
+    with pytest.raises(ValueError, match="Received: 'Alien'"):
+        vocabulary.encode([["Up"], ["Alien", "Heat"]], unknown="error", padded=True)
+    with pytest.raises(TypeError, match="Received: 3"):
+        vocabulary.encode([["Up"], [3]], padded=True)
+    with pytest.raises(ValueError, match="rows of different lengths, or lists beside names"):
+        vocabulary.encode(["Up", ["Heat"]], padded=True)
+
+
+def test_padded_names_of_no_rows_are_empty():
+    vocabulary = Vocabulary(["Heat", "Up"])
+    assert vocabulary.encode([[], []], padded=True).shape == (2, 0)
+    assert vocabulary.encode([], padded=True).shape == (0,)
+
+
+@pytest.mark.parametrize("num_names", [3, 30_000])
+def test_strings_of_a_series_encode_as_those_of_a_list(num_names):
+    generator = np.random.default_rng(0)
+    values = [f"name {i}" for i in generator.integers(0, num_names, 20_000)]
+    vocabulary = Vocabulary.from_data(values[1:])
+    series = pd.Series(values, dtype="str")
+    np.testing.assert_array_equal(vocabulary.encode(series), vocabulary.encode(values))
+    with pytest.raises(ValueError, match="must not be missing"):
+        vocabulary.encode(pd.concat([series, pd.Series([None], dtype="str")]))
