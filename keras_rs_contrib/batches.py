@@ -149,9 +149,10 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     Attributes:
         sizes: the number of rows, before and after padding, of each batch read since the last start.
+        is_exhausted: whether the data are a generator that has been read.
     """
 
-    _is_exhausted = False
+    is_exhausted = False
 
     def __init__(
         self,
@@ -167,12 +168,14 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         self.sizes: list[tuple[int, int]] = []
         # Creates the adapter of the same batches in the order of the data, or `None` if they are in this order.
         self.unshuffled_adapter: Callable[[], Any] | None = None
+        # Like `prepare`, for `unshuffled`.
+        self.prepare_unchecked: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None
 
     def unshuffled(self) -> PaddedBatches:
         """Returns the same data in their own order, without checks."""
         adapter = self.adapter if self.unshuffled_adapter is None else self.unshuffled_adapter()
-        batches = PaddedBatches(adapter, self.multiple, None, self.has_weights_only)
-        batches._is_exhausted = self._is_exhausted
+        batches = PaddedBatches(adapter, self.multiple, self.prepare_unchecked, self.has_weights_only)
+        batches.is_exhausted = self.is_exhausted
         return batches
 
     def with_multiple(self, multiple: int | None) -> PaddedBatches:
@@ -181,7 +184,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch."""
-        if self._is_exhausted:
+        if self.is_exhausted:
             raise ValueError(
                 "A generator can be read once. Received: an exhausted one. "
                 "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which start again."
@@ -197,7 +200,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
             sizes.append((size, padded_size(size, self.multiple)))
             yield pad(x, y, sample_weight, *sizes[-1])
         # Keras would start again with the few batches that it has looked at, and end after them.
-        self._is_exhausted = isinstance(self.adapter, _keras.GeneratorDataAdapter)
+        self.is_exhausted = isinstance(self.adapter, _keras.GeneratorDataAdapter)
         if not sizes:
             raise ValueError(_NO_BATCH)
 

@@ -51,6 +51,8 @@ def are_few_strings(values: Any) -> bool:
 
 def padded_names(values: Any) -> np.ndarray[Any, Any]:
     """Returns names as an array of objects, and rows of different lengths padded on the left with `None`."""
+    if hasattr(values, "columns"):
+        values = values.to_numpy()
     for convert in ("to_list", "tolist", "numpy"):
         # A ragged tensor and a Series; an array; a tensor.
         if hasattr(values, convert):

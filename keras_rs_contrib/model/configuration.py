@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import keras_rs
+from keras import ops
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type
@@ -17,9 +18,11 @@ from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RankMetric, RecallAtK
 from keras_rs_contrib.negatives.mixed import MixedNegatives
+from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 from keras_rs_contrib.tables.row_variable import check_optimizer
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW, Vocabulary
 
 
 def check_task(task: DistributedTwoTowerTask) -> None:
@@ -119,12 +122,12 @@ def feature_of_ids(
     candidate_id: str | None,
     candidate_features: str | list[str],
     candidate_tower: keras.layers.Layer,
-    index: ShardedBruteForceRetrieval | None,
+    index: keras_rs.layers.BruteForceRetrieval | None,
 ) -> str | None:
     """Returns the name of the feature that holds candidate ids: by default, the only feature of an embedding tower."""
     if candidate_id is not None or not is_table(candidate_tower) or not isinstance(candidate_features, str):
         return candidate_id
-    if index is not None and index.candidate_ids is not None:
+    if isinstance(index, ShardedBruteForceRetrieval) and index.candidate_ids is not None:
         raise ValueError(
             "An index with `candidate_ids` needs the name of the feature that holds them. Received: "
             "candidate_id=None. Set `candidate_id` to that name."
@@ -163,16 +166,58 @@ def metrics_of_corpus(metrics: Iterable[RankMetric] | None, k: int) -> list[Rank
     return metrics
 
 
+def default_task(
+    label: str | None, retrieval: keras_rs.layers.BruteForceRetrieval | None, candidate_id: str | None
+) -> DistributedTwoTowerTask:
+    """Returns the task of a model that names none.
+
+    The temperature performed best on MovieLens 100K: see `examples/benchmarks/README.md`. An index by dot product comes
+    with TFRS's defaults.
+    """
+    similarity = retrieval.similarity if isinstance(retrieval, ShardedBruteForceRetrieval) else "cosine"
+    if label is not None or similarity != "cosine":
+        return DistributedTwoTowerTask()
+    return DistributedTwoTowerTask(
+        similarity=similarity, temperature=0.2, remove_accidental_hits=candidate_id is not None
+    )
+
+
+def default_sampling(model: Any, vocabulary: Vocabulary | None) -> StreamingSamplingProbability | None:
+    """Returns the sampling probability of a model that names neither it nor a task, or `None` if its ids are unknown.
+
+    Args:
+        model: a two-tower model whose task and index are set.
+        vocabulary: that of candidate ids, or `None`.
+    """
+    if model.task.similarity != "cosine" or model.candidate_id is None:
+        return None
+    if vocabulary is not None:
+        return StreamingSamplingProbability(len(vocabulary))
+    index = model.retrieval
+    is_of_rows = index is not None and index.candidate_ids is None and index.num_candidates is not None
+    return StreamingSamplingProbability(index.num_candidates) if is_of_rows else None
+
+
 def index_of_tower(
-    retrieval: keras_rs.layers.BruteForceRetrieval | None, candidate_tower: keras.layers.Layer, similarity: str
+    retrieval: keras_rs.layers.BruteForceRetrieval | None,
+    candidate_tower: keras.layers.Layer,
+    similarity: str,
+    vocabulary: Vocabulary | None,
 ) -> ShardedBruteForceRetrieval | None:
-    """Returns the index of the candidate tower, or `None` if it has none."""
+    """Returns the index of the candidate tower, or `None` if it has none.
+
+    Args:
+        retrieval: an index, a plain layer, or `None`.
+        candidate_tower: the candidate tower.
+        similarity: that of the task.
+        vocabulary: that of candidate ids, or `None`. Its row 0, for unknown names, is not a candidate.
+    """
     if retrieval is None:
         if not is_table(candidate_tower):
             return None
-        retrieval = keras_rs.layers.BruteForceRetrieval(k=min(10, candidate_tower.input_dim))
+        retrieval = keras_rs.layers.BruteForceRetrieval(k=max(1, min(10, candidate_tower.input_dim - bool(vocabulary))))
     if not isinstance(retrieval, ShardedBruteForceRetrieval):
-        return shard_candidates(retrieval, candidate_tower, similarity=similarity)
+        retrieval = shard_candidates(retrieval, candidate_tower, similarity=similarity)
     if retrieval.candidate_tower is not candidate_tower:
         raise ValueError(
             "The index must belong to the candidate tower of the model. Received: "
@@ -184,7 +229,30 @@ def index_of_tower(
             "The index must rank by the similarity of the task. Received: "
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
+    if vocabulary is not None and not _keras.is_loading():
+        _fit_to_vocabulary(retrieval, vocabulary)
     return retrieval
+
+
+def _fit_to_vocabulary(index: ShardedBruteForceRetrieval, vocabulary: Vocabulary) -> None:
+    """Excludes row 0 from an index of rows, or raises `ValueError` if the index has ids that are not names."""
+    if index.candidate_ids is None:
+        if index.num_candidates not in (None, len(vocabulary)):
+            raise ValueError(
+                "An index must have a row for each name of the vocabulary of candidates, and row 0. Received: "
+                f"{index.num_candidates} rows for {len(vocabulary)}. Create the table with input_dim=len(vocabulary), "
+                "or pass `candidate_ids=vocabulary.encode(names)` to `shard_candidates`."
+            )
+        index.exclude_ids = sorted({UNKNOWN_ROW, *index.exclude_ids})
+        return
+    ids = ops.convert_to_numpy(index.candidate_ids)
+    wrong = ids[(ids <= UNKNOWN_ROW) | (ids >= len(vocabulary))]
+    if wrong.size:
+        raise ValueError(
+            f"The ids of the index must be rows of the vocabulary of candidates, in [1, {len(vocabulary) - 1}]. "
+            f"Received: {wrong[0]}. Pass `candidate_ids=vocabulary.encode(names, unknown='error')` to "
+            "`shard_candidates`."
+        )
 
 
 def check_corpus_positives(corpus_positives: Any, label: str | None) -> float | str | None:

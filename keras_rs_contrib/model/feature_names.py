@@ -8,6 +8,9 @@ from typing import Any
 
 from keras_rs_contrib.columns import names_in
 
+# The feature with all ids that a query's list leaves out, which the model adds to batches whose candidates are ranked.
+LEFT_OUT = "ids_left_out"
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNames:
@@ -23,6 +26,7 @@ class FeatureNames:
         negatives: the feature with negatives of each query alone, or `None`.
         negative_probability: the feature with their sampling probabilities, or `None`.
         positive_weight: the feature with the weights of positives in rank metrics, or `None`.
+        query_id: the feature that tells queries apart, or `None`.
     """
 
     query: str | list[str]
@@ -34,6 +38,7 @@ class FeatureNames:
     negatives: str | None = None
     negative_probability: str | None = None
     positive_weight: str | None = None
+    query_id: str | None = None
 
     @property
     def of_query(self) -> list[str]:
@@ -61,7 +66,7 @@ class FeatureNames:
     @property
     def optional(self) -> list[str]:
         """The features that a batch may hold."""
-        names = (self.exclude, self.positives, self.negatives, self.negative_probability)
+        names = (self.query_id, self.exclude, self.positives, self.negatives, self.negative_probability)
         return [name for name in dict.fromkeys(names) if name is not None]
 
     def are_candidates_in(self, features: dict[str, Any]) -> bool:
@@ -117,7 +122,7 @@ class FeatureNames:
 
     def exclude_ids(self, features: dict[str, Any]) -> Any:
         """Returns the excluded ids of the queries, or `None` if the batch has none."""
-        return None if self.exclude is None else features.get(self.exclude)
+        return features.get(LEFT_OUT, None if self.exclude is None else features.get(self.exclude))
 
 
 def feature_names(argument: str, names: str | Sequence[str]) -> str | list[str]:

@@ -14,9 +14,26 @@ from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model import feature_checks
 from keras_rs_contrib.model.feature_checks import AllowedIds
-from keras_rs_contrib.model.feature_names import FeatureNames, flat, is_missing
+from keras_rs_contrib.model.feature_names import LEFT_OUT, FeatureNames, flat, is_missing
 from keras_rs_contrib.model.lookups import TowerLookups
+from keras_rs_contrib.model.training_data import TrainingData
+from keras_rs_contrib.model.vocabularies import Vocabularies
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+
+
+@dataclasses.dataclass(frozen=True)
+class Purpose:
+    """What batches are for.
+
+    Attributes:
+        queries_only: whether candidates are not needed.
+        collects: whether the model learns from them what queries have seen, and how often candidates occur.
+        leaves_out_seen: whether candidates that a query has seen are left out of its list.
+    """
+
+    queries_only: bool = False
+    collects: bool = False
+    leaves_out_seen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +47,8 @@ class ModelInputs:
         sampling_probability: the layer whose ids a batch may have, or `None`.
         num_drawn_from: the number of candidates from which negatives are drawn, or 0.
         check: whether to look for bad values.
+        vocabularies: the vocabularies of features that hold names.
+        training_data: what is known of the training data.
     """
 
     names: FeatureNames
@@ -38,17 +57,63 @@ class ModelInputs:
     sampling_probability: StreamingSamplingProbability | None
     num_drawn_from: int
     check: bool
+    vocabularies: Vocabularies
+    training_data: TrainingData
 
-    def to_arrays(self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False) -> Any:
+    @classmethod
+    def of_model(cls, model: Any) -> ModelInputs:
+        """Returns the inputs of a two-tower model, by the layers that it has now."""
+        names = FeatureNames(
+            query=model.query_features,
+            candidate=model.candidate_features,
+            candidate_id=model.candidate_id,
+            label=model.label,
+            exclude=model.exclude_feature,
+            positives=model.positive_feature,
+            negatives=model.negative_feature,
+            negative_probability=model.negative_probability_feature,
+            positive_weight=model.corpus_positives if isinstance(model.corpus_positives, str) else None,
+            query_id=model.query_id,
+        )
+        probability, num_drawn_from = model.sampling_probability, 0
+        if model.mixed_negatives is not None:
+            probability = model.mixed_negatives.sampling_probability
+            num_drawn_from = probability.num_candidates
+        return cls(
+            names=names,
+            lookups=model._lookups,
+            retrieval=model.retrieval,
+            sampling_probability=probability,
+            num_drawn_from=num_drawn_from,
+            check=model.check_inputs,
+            vocabularies=Vocabularies(
+                by_feature=dict(model.vocabularies),
+                candidate_id=model.candidate_id,
+                of_ids=tuple(name for name in (names.exclude, names.positives, names.negatives) if name is not None),
+                unknown_candidates=model.unknown_candidates,
+                skipped=model._skipped,
+            ),
+            training_data=model._training_data,
+        )
+
+    @property
+    def of_rows(self) -> ModelInputs:
+        """The same for batches whose names are rows already."""
+        return dataclasses.replace(self, vocabularies=dataclasses.replace(self.vocabularies, by_feature={}))
+
+    def to_arrays(
+        self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False, place: str = ""
+    ) -> Any:
         """Returns data of one batch or many as arrays, if they are columns: DataFrames, dicts, Series or lists.
 
-        Columns that the model does not need are not converted.
+        Columns that the model does not need are not converted. Names become rows.
 
         Args:
             x: as in `fit`.
             y: as in `fit`.
             sample_weight: as in `fit`.
             queries_only: as in `FeatureNames.needed`.
+            place: where the data are, for errors.
 
         Returns:
             `x`, `y` and `sample_weight`.
@@ -57,9 +122,10 @@ class ModelInputs:
             TypeError: if `sample_weight` is a dict.
             ValueError: if a column that is needed does not hold numbers.
         """
-        x = columns.as_dict(x)
+        x = given = columns.as_dict(x)
         if isinstance(x, dict):
-            x = columns.arrays_of(x, [*self.names.needed(queries_only, y), *self.names.optional])
+            used = [*self.names.needed(queries_only, y), *self.names.optional]
+            x = columns.arrays_of(self.vocabularies.encode(x, used), used)
         if not is_missing(y) and not isinstance(y, dict):
             y = columns.as_array(y, "`y`")
         if isinstance(sample_weight, dict):
@@ -69,6 +135,11 @@ class ModelInputs:
             )
         if sample_weight is not None:
             sample_weight = flat(columns.as_array(sample_weight, "`sample_weight`"))
+        candidate_id = self.names.candidate_id
+        if self.vocabularies.of_candidates is not None and not queries_only and candidate_id in x:
+            x[candidate_id], sample_weight = self.vocabularies.check_candidates(
+                given[candidate_id], x[candidate_id], sample_weight, place
+            )
         return x, y, sample_weight
 
     def batches(
@@ -76,8 +147,7 @@ class ModelInputs:
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
-        *,
-        queries_only: bool = False,
+        purpose: Purpose = Purpose(),
         **how: Any,
     ) -> batches.PaddedBatches:
         """Returns the checked and padded batches of what `fit` takes.
@@ -86,43 +156,58 @@ class ModelInputs:
             x: as in `fit`.
             y: as in `fit`.
             sample_weight: as in `fit`.
-            queries_only: as in `FeatureNames.needed`.
+            purpose: what they are for.
             **how: as in `padded_batches`.
         """
         if isinstance(x, dict) or columns.is_frame(x):
-            x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only)
-        prepare = functools.partial(self._prepare, self._corpus_ids(queries_only), queries_only)
-        return batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
+            x, y, sample_weight = self.to_arrays(x, y, sample_weight, purpose.queries_only)
+            if self.vocabularies:
+                return self.of_rows.batches(x, y, sample_weight, purpose, **how)
+        prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), purpose)
+        result = batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
+        result.prepare_unchecked = self._encode
+        return result
+
+    def _encode(self, number: int, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        """Returns a batch whose names are rows, without checks."""
+        return self.vocabularies.encode(x, [*self.names.needed(False, y), *self.names.optional]), y, sample_weight
 
     def batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        queries_only: bool = False,
+        leaves_out_seen: bool = False,
     ) -> tuple[Any, Any, Any]:
-        """Returns one batch, checked and padded. The arguments are those of `batches`."""
-        x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), queries_only, 0, x, y, sample_weight)
+        """Returns one batch, checked and padded. The arguments are those of `batches` and `Purpose`."""
+        purpose = Purpose(queries_only=queries_only, leaves_out_seen=leaves_out_seen)
+        x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), purpose, 0, x, y, sample_weight)
         size = batches.batch_length((x, y, sample_weight))
         return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
 
     def queries(self, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Returns the checked features of queries as arrays, without padding, and the number of queries."""
-        features, _, _ = self._prepare([], True, 0, features, None, None)
+        features, _, _ = self._prepare([], Purpose(queries_only=True), 0, features, None, None)
         return {name: np.asarray(values) for name, values in features.items()}, batches.batch_length(features)
 
     def _prepare(
         self,
         corpus_ids: list[tuple[str, AllowedIds]],
-        queries_only: bool,
+        purpose: Purpose,
         number: int,
         x: Any,
         y: Any,
         sample_weight: Any,
     ) -> tuple[Any, Any, Any]:
         """Returns a batch with all that the model needs. The one place where batches are checked."""
-        x = columns.as_dict(x)
+        x, queries_only = columns.as_dict(x), purpose.queries_only
         needed = self.names.needed(queries_only, y)
         self.names.check(x, needed)
         if queries_only:
-            x = {name: x[name] for name in [*needed, self.names.exclude] if name in x}
-        x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only)
+            x = {name: x[name] for name in [*needed, self.names.query_id, self.names.exclude] if name in x}
+        x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only, f" of batch {number}")
         if not queries_only:
             self.names.labels(x, y)
         if self.check:
@@ -131,7 +216,20 @@ class ModelInputs:
             features = {name: x[name] for name in needed}
             self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
             self._check_optional(number, x)
-        return x, y, sample_weight
+        return self._with_training_data(purpose, number, x, sample_weight), y, sample_weight
+
+    def _with_training_data(self, purpose: Purpose, number: int, x: dict[str, Any], sample_weight: Any) -> Any:
+        """Returns a batch with the ids that its lists leave out, and notes what queries have seen."""
+        query_id, candidate_id, known = self.names.query_id, self.names.candidate_id, self.training_data
+        if purpose.collects and candidate_id is not None:
+            known.add(number, None if query_id is None else x.get(query_id), x[candidate_id], sample_weight)
+        if not purpose.leaves_out_seen or not known.has_seen or query_id not in x or candidate_id not in x:
+            return x
+        # The candidate itself is ranked, even if it was seen.
+        left_out = known.seen(x[query_id], np.reshape(x[candidate_id], (-1, 1)))
+        if self.names.exclude in x:
+            left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
+        return {**x, LEFT_OUT: left_out}
 
     def _check_values(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
+from keras_rs_contrib.model.training_data import TrainingData
 
 # Queries that are embedded and searched at once.
 QUERIES_AT_ONCE = 4096
@@ -28,14 +30,37 @@ class CheckedQueries(NamedTuple):
         limits: which candidates may be found: the arguments `exclude_ids`, `include_ids` and `include_mask` of a
             search, by name. `[num_queries, m]` arrays, flat arrays for all queries, or `None`.
         number: the number of queries.
+        query_ids: `[num_queries]` ids of queries, whose lists leave out what they have seen; or `None`.
+        training_data: what queries have seen.
     """
 
     features: dict[str, Any]
     limits: dict[str, np.ndarray[Any, Any] | None]
     number: int
+    query_ids: np.ndarray[Any, Any] | None
+    training_data: TrainingData
+
+    def limits_of(self, rows: Any, kept_ids: Any = None) -> dict[str, np.ndarray[Any, Any] | None]:
+        """Returns which candidates may be found for some queries.
+
+        Args:
+            rows: a slice, or the numbers of the queries.
+            kept_ids: as in `TrainingData.seen`.
+        """
+        limits = {
+            name: array if array is None or array.ndim == 1 else array[rows] for name, array in self.limits.items()
+        }
+        if self.query_ids is not None:
+            seen, own = self.training_data.seen(self.query_ids[rows], kept_ids), limits["exclude_ids"]
+            limits["exclude_ids"] = seen if own is None else np.concatenate([own, seen], axis=1)
+        return limits
 
     def search(
-        self, function: Callable[..., Any], verbose: int | str, *arrays: np.ndarray[Any, Any]
+        self,
+        function: Callable[..., Any],
+        verbose: int | str,
+        *arrays: np.ndarray[Any, Any],
+        kept_ids: np.ndarray[Any, Any] | None = None,
     ) -> list[np.ndarray[Any, Any]]:
         """Returns the results of `function` for all queries, called with some of them at a time.
 
@@ -43,41 +68,61 @@ class CheckedQueries(NamedTuple):
             function: takes features, limits and rows of `arrays`, and returns arrays with a row for each query.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
             *arrays: `[num_queries, ...]`.
+            kept_ids: as in `TrainingData.seen`.
         """
         if verbose == "auto":
             verbose = int(self.number > 16 * QUERIES_AT_ONCE)
         progress = keras.utils.Progbar(self.number, verbose=verbose, unit_name="query")
         widths = [array.shape[1] for array in self.limits.values() if array is not None and array.ndim == 2]
+        if self.query_ids is not None:
+            widths.append(self.training_data.max_seen)
         at_once = max(1, min(QUERIES_AT_ONCE, MAX_VALUES_AT_ONCE // max(1, *widths, 1)))
         parts = []
         # At least once, for the shapes of the result.
         for start in range(0, max(self.number, 1), at_once):
             rows = slice(start, start + at_once)
             features = {name: values[rows] for name, values in self.features.items()}
-            limits = {
-                name: array if array is None or array.ndim == 1 else array[rows] for name, array in self.limits.items()
-            }
+            limits = self.limits_of(rows, None if kept_ids is None else kept_ids[rows])
             results = function(features, limits, *(array[rows] for array in arrays))
             parts.append([np.asarray(result) for result in results])
             progress.update(min(start + at_once, self.number))
         return [np.concatenate(results) for results in zip(*parts, strict=True)]
 
 
-def with_batch_axis(features: Any, names: list[str]) -> Any:
-    """Returns the features of queries with a batch axis, which those of a single query may lack.
+def as_features(values: Any, names: list[str]) -> Any:
+    """Returns the features of queries as a dict. If there is only one, they may be its values."""
+    return values if isinstance(values, dict) or len(names) > 1 else {names[0]: values}
+
+
+def with_batch_axis(features: Any, names: list[str], ranks: dict[str, int]) -> Any:
+    """Returns features with a batch axis, which those of a single row may lack.
 
     Args:
-        features: arrays by name. If one of them is a single number, they are those of one query.
-        names: the features of the query tower.
+        features: arrays or lists by name. If one of them has no batch axis, they are those of one row.
+        names: the features that are needed.
+        ranks: the number of dimensions of one row of each feature, if known. A feature of an unknown rank has no batch
+            axis if it is a single value.
     """
-    if not isinstance(features, dict) or not any(np.ndim(features[name]) == 0 for name in names if name in features):
+    if not isinstance(features, dict):
+        return features
+    lacks_axis = {name: _rank(features[name]) <= ranks.get(name, 0) for name in names if name in features}
+    if not any(lacks_axis.values()):
         return features
     features = dict(features)
-    for name in names:
-        values = np.asarray(features[name]) if name in features else np.empty(1)
-        if values.ndim == 0 or len(values) != 1:
-            features[name] = values[None]
+    for name, lacks in lacks_axis.items():
+        if lacks or (name not in ranks and len(features[name]) != 1):
+            features[name] = np.asarray(features[name])[None]
     return features
+
+
+def _rank(values: Any) -> int:
+    """Returns the number of dimensions of an array, a column of lists, nested lists, or a single value."""
+    if isinstance(values, (str, bytes)) or np.isscalar(values) or not hasattr(values, "__len__"):
+        return len(getattr(values, "shape", ()))
+    shape = getattr(values, "shape", None)
+    if shape is not None and (len(shape) != 1 or str(getattr(values, "dtype", "")) != "object"):
+        return len(shape)
+    return 1 + max((_rank(value) for value in itertools.islice(values, 1)), default=0)
 
 
 def check_query_rows(ids: Any, name: str, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_rs_contrib import columns
 from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
-from keras_rs_contrib.model.callbacks import set_modes
+from keras_rs_contrib.model.baseline import popularity_of
+from keras_rs_contrib.model.feature_names import FeatureNames
 from keras_rs_contrib.model.finite_loss import no_embedding
 from keras_rs_contrib.model.queries import (
+    QUERIES_AT_ONCE,
     CheckedQueries,
+    as_features,
     check_limits,
     check_positive_rows,
     metrics_of_ranks,
@@ -26,18 +29,37 @@ from keras_rs_contrib.model.queries import (
 )
 from keras_rs_contrib.model.towers import embeddings_of
 from keras_rs_contrib.model.trainer import PaddedModel
+from keras_rs_contrib.scores import pairwise_scores
+from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW
 
 
-class Recommendations(NamedTuple):
-    """What `TwoTowerModel.recommend` returns.
+class _IdsAndScores(NamedTuple):
+    ids: np.ndarray[Any, Any]
+    scores: np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Recommendations(_IdsAndScores):
+    """What `TwoTowerModel.recommend` returns: the pair `(ids, scores)`, which also tells which queries are unknown.
 
     Attributes:
-        ids: `[num_queries, k]` int32 candidate ids, best first, padded with -1 if fewer than k candidates remain.
+        ids: `[num_queries, k]` int32 candidate ids, best first, padded with -1 if fewer than k candidates remain. If
+            candidate ids have a vocabulary, an object array of names, padded with `None`.
         scores: `[num_queries, k]` float32 scores of `ids`, padded with -inf.
+        are_popular: `[num_queries]` bool, True for queries that are not in the vocabulary. They get the candidates with
+            the most rows in the training data, and these numbers as scores.
     """
 
-    ids: np.ndarray[Any, np.dtype[np.int32]]
-    scores: np.ndarray[Any, np.dtype[np.float32]]
+    are_popular: np.ndarray[Any, np.dtype[np.bool_]]
+
+    def __new__(cls, ids: Any, scores: Any, are_popular: Any = None) -> Recommendations:
+        """Creates the pair."""
+        result = super().__new__(cls, ids, scores)
+        result.are_popular = np.zeros(len(ids), bool) if are_popular is None else are_popular
+        return result
+
+    def __repr__(self) -> str:
+        return f"Recommendations(ids={self.ids!r}, scores={self.scores!r}, are_popular={self.are_popular!r})"
 
 
 class RecommendingModel(PaddedModel):
@@ -46,11 +68,19 @@ class RecommendingModel(PaddedModel):
     Attributes:
         query_tower: embeds queries. Set by the constructor of a subclass.
         query_features: names of the features of the query tower.
+        candidate_features: names of the features of the candidate tower.
+        task: knows the similarity.
+        label: name of the feature with labels, or `None`.
         retrieval: the index, or `None`.
     """
 
     query_tower: keras.layers.Layer
     query_features: str | list[str]
+    candidate_features: str | list[str]
+    task: DistributedTwoTowerTask
+    label: str | None
+    # Shape, without the batch, and dtype of each feature, by name.
+    _seen_features: dict[str, tuple[tuple[int, ...], str]]
     retrieval: ShardedBruteForceRetrieval | None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -59,32 +89,27 @@ class RecommendingModel(PaddedModel):
             value.is_refreshed_by_model = True
         super().__setattr__(name, value)
 
-    @functools.wraps(PaddedModel.fit)
-    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # type: ignore[override]
-        """Trains the model, with callbacks that know the direction of rank metrics."""
-        given = inspect.signature(PaddedModel.fit).bind(self, *args, **kwargs).arguments
-        set_modes(given.get("callbacks"), self.corpus_metrics)
-        return super().fit(*args, **kwargs)
-
     @explains_keywords
     def recommend(
         self,
-        query_features: dict[str, Any],
+        query_features: Any,
         k: int | None = None,
         *,
         exclude_ids: Any = None,
         include_ids: Any = None,
         include_mask: Any = None,
+        exclude_seen: bool | None = None,
         verbose: int | str = "auto",
     ) -> Recommendations:
         """Returns the best candidates for each query.
 
         Ids may be arrays, tensors, data frames, or lists of lists or sets of different lengths; -1 and ids that no
-        candidate has have no effect.
+        candidate has have no effect. With a vocabulary, ids are names.
 
         Args:
             query_features: dict of `[num_queries, ...]` arrays, or of the features of a single query, such as
-                `{"user_id": 42}`.
+                `{"user_id": 42}`. If there is only one query feature, its values are enough: an array, a list, or that
+                of a single query, such as `"u42"`.
             k: number of candidates to return for each query. By default, the `k` of the index.
             exclude_ids: ints with a row for each query, the excluded ids; `group_candidate_ids` creates them. By
                 default, the values of `exclude_feature`, if the features hold it. Flat ints for a single query.
@@ -92,10 +117,12 @@ class RecommendingModel(PaddedModel):
                 queries, or a row for each query. By default, all.
             include_mask: `[num_candidates]` bools for all queries, or `[num_queries, num_candidates]`, True for the
                 rows of the index that may be returned; an alternative to `include_ids`.
+            exclude_seen: whether to leave out what each query has seen, as `seen` of `fit` says. By default,
+                `exclude_seen` of the model.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
 
         Returns:
-            `Recommendations(ids, scores)`, both `[num_queries, k]`, int32 and float32.
+            `Recommendations(ids, scores)`, both `[num_queries, k]`, int32 (or names) and float32.
 
         Raises:
             TypeError: if ids are not integers, or a mask is not of bools.
@@ -111,10 +138,29 @@ class RecommendingModel(PaddedModel):
             scores, ids = index.find(embed(features), k, **limits)
             return ids, scores
 
-        queries = self._queries(query_features, exclude_ids, include_ids, include_mask)
+        queries = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
         embed = self._embedding_in_order()
         self.refresh_index()
-        return Recommendations(*queries.search(find, verbose))
+        ids, scores = queries.search(find, verbose)
+        vocabularies = self.model_inputs.vocabularies
+        unknown = vocabularies.are_unknown(queries.features, self.model_inputs.names.of_query)
+        if unknown is not None and unknown.any():
+            self._fill_with_popular(ids, scores, unknown, queries)
+        return Recommendations(vocabularies.decode_ids(ids), scores, unknown)
+
+    def _fill_with_popular(self, ids: Any, scores: Any, unknown: Any, queries: CheckedQueries) -> None:
+        """Puts the most popular candidates into the rows of unknown queries."""
+        popularity = popularity_of(self)
+        if popularity is None:
+            row = int(np.flatnonzero(unknown)[0])
+            raise ValueError(
+                "A query that is not in the vocabulary gets the most popular candidates of the training data. "
+                f"Received: an unknown query in row {row}, of a model that was not trained by `fit`. "
+                "Leave it out, or train the model."
+            )
+        ids[unknown], scores[unknown] = popularity.find(
+            ids.shape[1], int(unknown.sum()), **queries.limits_of(np.flatnonzero(unknown))
+        )
 
     @explains_keywords
     def evaluate_queries(
@@ -125,6 +171,8 @@ class RecommendingModel(PaddedModel):
         *,
         include_ids: Any = None,
         include_mask: Any = None,
+        exclude_seen: bool | None = None,
+        by_popularity: bool = False,
         metrics: Iterable[RankMetric] | None = None,
         verbose: int | str = "auto",
     ) -> dict[str, float]:
@@ -134,13 +182,15 @@ class RecommendingModel(PaddedModel):
         one list, and each query counts once.
 
         Args:
-            query_features: dict of `[num_queries, ...]` arrays, or of the features of a single query.
+            query_features: dict of `[num_queries, ...]` arrays, or values of the only feature, as in `recommend`.
             positive_ids: ints with a row for each query, its positives, in any form that `recommend` takes;
                 `group_candidate_ids` creates them. A query without positives does not count.
             exclude_ids: ints with a row for each query, the excluded ids, such as those that it has seen in training.
                 By default, the values of `exclude_feature`, if the features hold it.
             include_ids: the only ids in the lists, as in `recommend`. A positive that is not among them is never found.
             include_mask: an alternative to `include_ids`, as in `recommend`.
+            exclude_seen: as in `recommend`. Positives stay in the list, even if they were seen.
+            by_popularity: whether to rank by the number of rows in the training data, as a baseline.
             metrics: rank metrics, whose state does not change. By default, `corpus_metrics` of the model.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
 
@@ -152,30 +202,93 @@ class RecommendingModel(PaddedModel):
             ValueError: if features are missing or invalid, a positive is not a candidate, or shapes do not match.
         """
         index = self._index()
-        queries = self._queries(query_features, exclude_ids, include_ids, include_mask)
+        positive_ids = self.model_inputs.vocabularies.encode_ids(positive_ids)
+        queries = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
         positive_ids = check_positive_rows(positive_ids, queries.number)
+        if self.model_inputs.vocabularies.of_candidates is not None and (positive_ids == UNKNOWN_ROW).any():
+            row = int(np.argwhere(positive_ids == UNKNOWN_ROW)[0][0])
+            raise ValueError(
+                "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
+                f"{row}. Leave unknown candidates out."
+            )
+        popularity = popularity_of(self) if by_popularity else None
+        if by_popularity and popularity is None:
+            raise ValueError(
+                "`by_popularity` needs the number of rows of each candidate in the training data. Received: a model "
+                "that was not trained by `fit`. Train it first."
+            )
 
         def rank(features: dict[str, Any], limits: dict[str, Any], positive_ids: Any) -> tuple[Any]:
+            if popularity is not None:
+                return (popularity.ranks(positive_ids, **limits),)
             return (index.ranks(embed(features), positive_ids, **limits),)
 
         embed = self._embedding_in_order()
         self.refresh_index()
-        (ranks,) = queries.search(rank, verbose, positive_ids)
+        (ranks,) = queries.search(rank, verbose, positive_ids, kept_ids=positive_ids)
         return metrics_of_ranks(self.corpus_metrics if metrics is None else metrics, ranks)
 
+    def score(self, features: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Returns the score of each pair of a query and a candidate: for a model with `label`, the predicted label.
+
+        Args:
+            features: dict or DataFrame with the features of both towers, a row for each pair; or of a single pair.
+
+        Returns:
+            `[num_pairs]` float32: the similarity by which the index ranks. With `label`, divided by the temperature of
+            the task, as in the loss. NaN if the query or the candidate is not in the vocabulary.
+
+        Raises:
+            ValueError: if features are missing or invalid.
+        """
+        inputs = self.model_inputs
+        names = FeatureNames(inputs.names.query, inputs.names.candidate, inputs.names.candidate_id)
+        features = with_batch_axis(columns.as_dict(features), names.needed(False), self._ranks_of_features())
+        inputs = dataclasses.replace(inputs, names=names)
+        batches, parts = inputs.batches(features, batch_size=QUERIES_AT_ONCE), []
+        for x, _, sample_weight in batches:
+            queries = self._embed_queries(x, False)
+            candidates = columns.select(x, self.candidate_features)
+            candidates = embeddings_of(self.candidate_tower, candidates, False, "candidate_tower")
+            scores = ops.convert_to_numpy(pairwise_scores(queries, candidates, self.task.similarity))
+            if self.label is not None:
+                scores = scores / np.float32(self.task.temperature or 1.0)
+            # Skipped candidates have weight 0.
+            is_known, unknown = sample_weight != 0, inputs.vocabularies.are_unknown(x, names.of_query)
+            if unknown is not None:
+                is_known &= ~unknown
+            parts.append(np.where(is_known, scores, np.float32(np.nan))[: batches.sizes[-1][0]])
+        return np.concatenate(parts)
+
     def _queries(
-        self, features: dict[str, Any], exclude_ids: Any, include_ids: Any, include_mask: Any
+        self,
+        features: Any,
+        exclude_ids: Any,
+        include_ids: Any,
+        include_mask: Any,
+        exclude_seen: bool | None,
     ) -> CheckedQueries:
-        names = self.model_inputs.names
-        features = with_batch_axis(columns.as_dict(features), names.of_query)
+        names, vocabularies = self.model_inputs.names, self.model_inputs.vocabularies
+        features = as_features(columns.as_dict(features), names.of_query)
+        features = with_batch_axis(features, names.of_query, self._ranks_of_features())
         if isinstance(features, dict):
             if exclude_ids is None:
                 exclude_ids = names.exclude_ids(features)
             # Its rows may differ in length.
             features = {name: values for name, values in features.items() if name != names.exclude}
         features, number = self.model_inputs.queries(features)
+        exclude_ids, include_ids = vocabularies.encode_ids(exclude_ids), vocabularies.encode_ids(include_ids)
         limits = check_limits(exclude_ids, include_ids, include_mask, number, self._index().num_candidates)
-        return CheckedQueries({name: features[name] for name in names.of_query}, limits, number)
+        training_data = self.model_inputs.training_data
+        leaves_out_seen = self.exclude_seen if exclude_seen is None else exclude_seen
+        leaves_out_seen = leaves_out_seen and training_data.has_seen and names.query_id in features
+        query_ids = features[names.query_id] if leaves_out_seen else None
+        return CheckedQueries(features, limits, number, query_ids, training_data)
+
+    def _ranks_of_features(self) -> dict[str, int]:
+        """Returns the number of dimensions of one row of each feature that the model has seen."""
+        # Ids may be `[batch]` or `[batch, 1]`.
+        return {name: 0 if shape == (1,) else len(shape) for name, (shape, _) in self._seen_features.items()}
 
     def _embedding_in_order(self) -> Callable[[dict[str, Any]], Any]:
         """Returns a function that embeds some queries at a time, in order, and raises if an embedding is not finite."""

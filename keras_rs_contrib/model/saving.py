@@ -7,9 +7,11 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_rs_contrib.distribution import num_replicas
 from keras_rs_contrib.model.recommend import RecommendingModel
+from keras_rs_contrib.model.training_data import ARRAYS
 
 
 class SavedModel(RecommendingModel):
@@ -95,12 +97,18 @@ class SavedModel(RecommendingModel):
                 # The trained weights are worth saving even with a stale index.
                 warnings.warn(f"The model is saved with a stale index. {error}", stacklevel=2)
         super().save_own_variables(store)
+        for name, array in self._training_data.to_arrays().items():
+            store[name] = array
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the model's own weights.
+        """Loads the model's own weights, and what it knows of the training data.
 
         In files of version 0.1, a checksum of another kind is one of them. It is ignored: the index counts as fresh.
         """
+        # Keras's store is not iterable.
+        values = {name: store[name] for name in list(store.keys())}
+        self._training_data.take_arrays({name: np.asarray(values.pop(name)) for name in ARRAYS if name in values})
+        store = values
         is_old = list(store.keys()) == ["0"] and self.retrieval is not None and not self.retrieval.is_tied
         if not is_old:
             super().load_own_variables(store)

@@ -13,10 +13,14 @@ import numpy as np
 from keras_rs_contrib import _keras, batches, columns
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
+from keras_rs_contrib.model.baseline import check_seen, report_popularity, say_that_seen_are_ranked
+from keras_rs_contrib.model.callbacks import set_modes
 from keras_rs_contrib.model.failed_builds import RecoveringModel
 from keras_rs_contrib.model.feature_names import is_missing
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
+from keras_rs_contrib.model.inputs import Purpose
 from keras_rs_contrib.model.row_rates import with_row_rates
+from keras_rs_contrib.model.training_data import TrainingData
 from keras_rs_contrib.model.weight_guard import WeightGuard, own_values
 
 
@@ -29,12 +33,16 @@ class PaddedModel(RecoveringModel):
         candidate_tower: embeds candidates.
         corpus_metrics: metrics of ranks that `evaluate` computes.
         check_inputs: whether batches and losses are checked.
+        exclude_seen: whether lists leave out what a query has seen, if that is known.
     """
 
     query_tower: keras.layers.Layer
     candidate_tower: keras.layers.Layer
     corpus_metrics: list[Any]
     check_inputs: bool
+    exclude_seen: bool
+    _training_data: TrainingData
+    _has_said_that_seen_are_ranked = False
     _validation_batches: batches.PaddedBatches | None = None
     # Whether `call` retrieves candidates, although a batch may have the features of both towers.
     _is_retrieving = False
@@ -75,15 +83,46 @@ class PaddedModel(RecoveringModel):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int | list[int] = 1,
+        *,
+        seen: Any = None,
     ) -> keras.callbacks.History:
-        """Trains the model: see `keras.Model.fit`.
+        """Trains the model: see `keras.Model.fit`, and below for `seen`.
+
+        If there are validation metrics over the corpus, those of popularity are printed next to them after training.
+
+        Args:
+            x: as in `keras.Model.fit`, like all arguments up to `validation_freq`.
+            y: see there.
+            batch_size: see there.
+            epochs: see there.
+            verbose: see there.
+            callbacks: see there.
+            validation_split: see there.
+            validation_data: see there.
+            shuffle: see there.
+            class_weight: see there.
+            sample_weight: see there.
+            initial_epoch: see there.
+            steps_per_epoch: see there.
+            validation_steps: see there.
+            validation_batch_size: see there.
+            validation_freq: see there.
+            seen: what each query has seen, such as the films that a user has rated: `"training"` for the candidates of
+                its rows in the training data, or a dict or DataFrame with the features `query_id` and `candidate_id`.
+                The model keeps it and leaves these candidates out of the lists of the query. `None` adds nothing.
 
         Raises:
-            ValueError: if a batch is invalid, or the loss of an epoch is not finite. `model.history` still holds the
-                epochs up to the error.
+            TypeError: if `seen` is not of this form.
+            ValueError: if a batch is invalid, the model has no `query_id` or `candidate_id` for `seen`, or the loss of
+                an epoch is not finite. `model.history` still holds the epochs up to the error.
         """
+        set_modes(callbacks, self.corpus_metrics)
+        inputs = self.model_inputs
+        seen_pairs = check_seen(seen, inputs)
+        inputs.vocabularies.skipped.reset()
         if isinstance(x, dict) or columns.is_frame(x):
-            x, y, sample_weight = self.model_inputs.to_arrays(x, y, sample_weight)
+            x, y, sample_weight = inputs.to_arrays(x, y, sample_weight)
+            inputs = inputs.of_rows
         if class_weight is not None and isinstance(x, dict) and y is None:
             raise ValueError(
                 "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
@@ -94,32 +133,39 @@ class PaddedModel(RecoveringModel):
                 (x, y, sample_weight), validation_split
             )
         shuffle = shuffle and not hasattr(x, "element_spec")
-        x = self.model_inputs.batches(
+        x = inputs.batches(
             x,
             y,
             sample_weight,
+            Purpose(collects=True),
             batch_size=batch_size,
             steps=steps_per_epoch,
             shuffle=shuffle,
             class_weight=class_weight,
         )
         if validation_data is not None:
-            if self.ranks_in_evaluation:
+            if self.model_inputs.retrieval is not None and self.ranks_in_evaluation:
                 self.model_inputs.retrieval.check_can_refresh()
             validation_data = self.model_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
+                purpose=Purpose(leaves_out_seen=self.exclude_seen),
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
         check_mesh(self.variables)
+        if seen_pairs is not None:
+            self._training_data.add_seen(*seen_pairs)
+        collecting = _Collect(self._training_data, seen=isinstance(seen, str), is_partial=steps_per_epoch is not None)
+        if validation_data is not None and verbose and seen is None and self.ranks_in_evaluation:
+            say_that_seen_are_ranked(self)
         stop = StopIfNotFinite()
         # `evaluate` needs to know the batches that are checked already.
-        with WeightGuard(self) as guard, self._setting(_validation_batches=validation_data):
+        with collecting, WeightGuard(self) as guard, self._setting(_validation_batches=validation_data):
             history = super().fit(
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=_with_callbacks(with_row_rates(self, callbacks), _RefreshIndex(), stop, guard),
+                callbacks=_with_callbacks(with_row_rates(self, callbacks), _RefreshIndex(), stop, guard, collecting),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -129,6 +175,9 @@ class PaddedModel(RecoveringModel):
             )
         if self.check_inputs and stop.found is not None:
             raise ValueError(self._not_finite(*stop.found, x))
+        self.model_inputs.vocabularies.skipped.warn()
+        if validation_data is not None and self.ranks_in_evaluation:
+            report_popularity(self, validation_data, validation_steps, history.history, verbose)
         return history
 
     def evaluate(
@@ -141,9 +190,24 @@ class PaddedModel(RecoveringModel):
         steps: int | None = None,
         callbacks: Any = None,
         return_dict: bool = False,
+        *,
+        exclude_seen: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Returns the loss and the metrics over the whole corpus: see `keras.Model.evaluate`.
+
+        Args:
+            x: as in `keras.Model.evaluate`, like all arguments up to `return_dict`.
+            y: see there.
+            batch_size: see there.
+            verbose: see there.
+            sample_weight: see there.
+            steps: see there.
+            callbacks: see there.
+            return_dict: see there.
+            exclude_seen: whether the lists leave out what queries have seen, except for the candidate that is ranked.
+                By default, `exclude_seen` of the model.
+            **kwargs: other arguments of `keras.Model.evaluate`.
 
         Raises:
             ValueError: if a batch is invalid, or the loss is not finite.
@@ -151,7 +215,9 @@ class PaddedModel(RecoveringModel):
         within_fit = x is not None and x is self._validation_batches
         if within_fit:
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
-        x = self.model_inputs.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        self.model_inputs.vocabularies.skipped.reset()
+        purpose = Purpose(leaves_out_seen=self.exclude_seen if exclude_seen is None else exclude_seen)
+        x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
         with WeightGuard(self) as guard:
             logs = super().evaluate(
@@ -166,6 +232,7 @@ class PaddedModel(RecoveringModel):
         loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
         if self.check_inputs and not math.isfinite(loss):
             raise ValueError(self._not_finite("loss", loss, None, x))
+        self.model_inputs.vocabularies.skipped.warn()
         return logs
 
     def predict(
@@ -192,7 +259,7 @@ class PaddedModel(RecoveringModel):
             ValueError: if a batch is invalid, or the model has no index.
         """
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
-        x = self.model_inputs.batches(x, batch_size=batch_size, steps=steps, queries_only=True)
+        x = self.model_inputs.batches(x, None, None, Purpose(queries_only=True), batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
         with WeightGuard(self) as guard, self._setting(_is_retrieving=True):
             callbacks = _with_callbacks(callbacks, _RefreshIndex(), guard)
@@ -220,7 +287,7 @@ class PaddedModel(RecoveringModel):
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
-        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight)
+        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight, leaves_out_seen=self.exclude_seen)
         check_mesh(self.variables)
         # Keras resets the metrics itself from 3.15 on.
         self.reset_metrics()
@@ -261,6 +328,7 @@ class PaddedModel(RecoveringModel):
                     row = row_not_finite(tower, select(features, used), sample_weight)
                     if row is not None:
                         values = {each: np.asarray(features[each])[row] for each in names_in(used)}
+                        values = self.model_inputs.vocabularies.named(values)
                         return kind, f"row {row} of batch {number}", values
         return None
 
@@ -325,3 +393,30 @@ class _RefreshIndex(keras.callbacks.Callback):  # type: ignore[misc]
     def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refreshes the index before predictions."""
         self.model.refresh_index()
+
+
+class _Collect(keras.callbacks.Callback):  # type: ignore[misc]
+    """Collects what the model keeps of the training data, within `with`.
+
+    Args:
+        training_data: collects it.
+        seen: whether to collect what queries have seen.
+        is_partial: whether an epoch may end before the data do. Otherwise, the first epoch shows all.
+    """
+
+    def __init__(self, training_data: TrainingData, *, seen: bool, is_partial: bool) -> None:
+        super().__init__()
+        self.training_data = training_data
+        self.seen = seen
+        self.is_partial = is_partial
+
+    def __enter__(self) -> None:
+        self.training_data.begin(seen=self.seen)
+
+    def __exit__(self, *_: object) -> None:
+        self.training_data.end()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Ends collecting if all data have been read."""
+        if not self.is_partial:
+            self.training_data.end()

@@ -18,21 +18,32 @@ from keras_rs_contrib.model.configuration import (
     check_needs,
     check_optimizer_of_tables,
     check_task,
+    default_sampling,
+    default_task,
     feature_of_ids,
     index_of_tower,
     metrics_of_batch,
     metrics_of_corpus,
 )
-from keras_rs_contrib.model.feature_names import FeatureNames, feature_names, flat
+from keras_rs_contrib.model.feature_names import feature_names, flat
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.objective import ModelWithObjective
 from keras_rs_contrib.model.shared_layers import copy_of_config, deserialize_tower, shared_layers
 from keras_rs_contrib.model.towers import TowerCandidates, check_tower, embed_with_joined_lookups, embeddings_of
+from keras_rs_contrib.model.training_data import TrainingData
+from keras_rs_contrib.model.vocabularies import (
+    Skipped,
+    check_action,
+    check_vocabularies,
+    config_of_vocabularies,
+    vocabularies_of_config,
+)
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
+from keras_rs_contrib.vocabulary import Vocabulary
 
 # Arguments of the model that are layers or `None`.
 OPTIONAL_LAYERS = ("retrieval", "sampling_probability", "mixed_negatives", "cross_batch_memory")
@@ -68,14 +79,27 @@ class TwoTowerModel(ModelWithObjective):
         candidate_features: the same for the candidate tower. Both towers may use a feature.
         candidate_id: name of the feature that holds the candidate ids of the index. By default, the only feature of a
             candidate tower that is an embedding.
+        query_id: name of the feature that tells queries apart, such as the user, for `seen` of `fit`. By default, the
+            only feature of the query tower.
+        vocabularies: dict of a `Vocabulary` for each feature that holds names. The towers receive rows: create their
+            tables with `len(vocabulary)` rows. `fit`, `evaluate`, `predict`, `recommend`, `evaluate_queries` and
+            `score` take names, and `recommend` returns those of candidates; `predict` and calls return rows. Ids of
+            candidates in other features and arguments are names too. Queries that are not in the vocabulary get the
+            most popular candidates from `recommend`.
+        unknown_candidates: `"error"`, or `"skip"` to give rows whose candidate is not in its vocabulary the weight 0,
+            and to warn how many there were.
         label: name of the feature that holds labels, to which scores are fitted. The labels may also be passed as `y`.
             `None` trains on positives.
-        task: a `DistributedTwoTowerTask`. By default, `DistributedTwoTowerTask()`.
+        task: a `DistributedTwoTowerTask`. By default, with `label` or an index by dot product,
+            `DistributedTwoTowerTask()`; otherwise, one with cosine similarity, temperature 0.2 and, if candidate ids
+            are known, without accidental hits.
         retrieval: the result of `shard_candidates` for the candidate tower or, if the tower is an embedding, a plain
             `keras_rs.layers.BruteForceRetrieval`. By default, `BruteForceRetrieval(k=10)` if the tower is an embedding.
-            Without an index, the model does not retrieve, and `evaluate` has no corpus metrics.
+            With a vocabulary of candidates, an index of an embedding never returns row 0. Without an index, the model
+            does not retrieve, and `evaluate` has no corpus metrics.
         sampling_probability: a `StreamingSamplingProbability`, which receives candidate ids, for the log-q correction
-            of the in-batch softmax. `None` for no correction.
+            of the in-batch softmax. `None` for no correction. By default, with the default task, one for all rows of
+            the candidate tower or of the vocabulary.
         mixed_negatives: a `MixedNegatives`, which draws additional negatives in training and applies its own log-q
             correction. The id must be the only feature of the candidate tower.
         cross_batch_memory: a `CrossBatchMemory`, whose candidates are additional negatives in training.
@@ -96,6 +120,8 @@ class TwoTowerModel(ModelWithObjective):
         corpus_positives: which rows are positives in `corpus_metrics`: a number, the least label of a positive; or the
             name of a feature with the weight of each row as a positive, `[batch]`, 0 for none. By default, with
             `label`, rows whose label is positive, and without `label`, all rows.
+        exclude_seen: whether lists leave out what a query has seen, if `fit` got `seen`, in validation, `evaluate`,
+            `evaluate_queries` and `recommend`. `predict` and calls do not.
         check_inputs: whether to check each batch on the host before the model uses it, and the loss of each epoch. Ids
             outside their table, and values or losses that are not finite, are errors. Error messages count rows within
             the batch; `shuffle=False` keeps the order of the data.
@@ -132,10 +158,13 @@ class TwoTowerModel(ModelWithObjective):
         candidate_features: str | Sequence[str],
         *,
         candidate_id: str | None = None,
+        query_id: str | None = None,
+        vocabularies: dict[str, Vocabulary] | None = None,
+        unknown_candidates: str = "error",
         label: str | None = None,
         task: DistributedTwoTowerTask | None = None,
         retrieval: keras_rs.layers.BruteForceRetrieval | None = None,
-        sampling_probability: StreamingSamplingProbability | None = None,
+        sampling_probability: StreamingSamplingProbability | str | None = "auto",
         mixed_negatives: MixedNegatives | None = None,
         cross_batch_memory: CrossBatchMemory | None = None,
         exclude_feature: str | None = None,
@@ -145,6 +174,7 @@ class TwoTowerModel(ModelWithObjective):
         batch_metrics: Iterable[keras.metrics.Metric] = (),
         corpus_metrics: Iterable[RankMetric] | None = None,
         corpus_positives: float | str | None = None,
+        exclude_seen: bool = True,
         check_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -154,9 +184,10 @@ class TwoTowerModel(ModelWithObjective):
             )
         for name, tower in (("query_tower", query_tower), ("candidate_tower", candidate_tower)):
             check_type(name, tower, keras.layers.Layer)
-        task = DistributedTwoTowerTask() if task is None else task
-        check_task(task)
-        check_type("sampling_probability", sampling_probability, StreamingSamplingProbability, optional=True)
+        if task is not None:
+            check_task(task)
+        if sampling_probability != "auto":
+            check_type("sampling_probability", sampling_probability, StreamingSamplingProbability, optional=True)
         check_type("mixed_negatives", mixed_negatives, MixedNegatives, optional=True)
         check_type("cross_batch_memory", cross_batch_memory, CrossBatchMemory, optional=True)
         check_type("retrieval", retrieval, keras_rs.layers.BruteForceRetrieval, optional=True)
@@ -170,6 +201,7 @@ class TwoTowerModel(ModelWithObjective):
         check_tower("candidate_tower", candidate_tower, self.candidate_features)
         features = {
             "candidate_id": candidate_id,
+            "query_id": query_id,
             "label": label,
             "exclude_feature": exclude_feature,
             "positive_feature": positive_feature,
@@ -178,14 +210,22 @@ class TwoTowerModel(ModelWithObjective):
         }
         for name, feature in features.items():
             check_type(name, feature, str, optional=True)
-        self.task = task
-        self.retrieval = index_of_tower(retrieval, candidate_tower, task.similarity)
-        self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, self.retrieval)
+        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
+        self.candidate_id = feature_of_ids(candidate_id, self.candidate_features, candidate_tower, retrieval)
+        self.query_id = self.query_features if query_id is None and isinstance(self.query_features, str) else query_id
+        self.vocabularies = check_vocabularies(vocabularies, towers, (self.query_id, self.candidate_id))
+        self.unknown_candidates = check_action(unknown_candidates)
+        of_candidates = None if self.candidate_id is None else self.vocabularies.get(self.candidate_id)
+        self.task = default_task(label, retrieval, self.candidate_id) if task is None else task
+        self.retrieval = index_of_tower(retrieval, candidate_tower, self.task.similarity, of_candidates)
         if self.retrieval is not None and not self.retrieval.is_tied and self.candidate_id is not None:
             self.retrieval.take_ids_from(self.candidate_id)
         if self.retrieval is not None:
             self.retrieval.take_features(self.candidate_features)
         self.label = label
+        if isinstance(sampling_probability, str):
+            has_default = task is None and label is None and mixed_negatives is None
+            sampling_probability = default_sampling(self, of_candidates) if has_default else None
         self.sampling_probability = sampling_probability
         self.mixed_negatives = mixed_negatives
         self.cross_batch_memory = cross_batch_memory
@@ -198,31 +238,22 @@ class TwoTowerModel(ModelWithObjective):
         self.batch_metrics = metrics_of_batch(batch_metrics, label)
         self.corpus_positives = check_corpus_positives(corpus_positives, label)
         self.corpus_metrics = metrics_of_corpus(corpus_metrics, 10 if self.retrieval is None else self.retrieval.k)
+        self.exclude_seen = exclude_seen
         self.check_inputs = check_inputs
-        towers = ((query_tower, self.query_features), (candidate_tower, self.candidate_features))
-        # Hidden from Keras's attribute tracking.
-        object.__setattr__(self, "_lookups", TowerLookups(towers, functools.partial(self.__call__, training=False)))
-        object.__setattr__(self, "_seen_features", {})
+        hidden = {
+            "_lookups": TowerLookups(towers, functools.partial(self.__call__, training=False)),
+            "_seen_features": {},
+            "_training_data": TrainingData(),
+            "_skipped": Skipped(),
+        }
+        for name, value in hidden.items():
+            # From Keras's attribute tracking.
+            object.__setattr__(self, name, value)
 
     @property
     def model_inputs(self) -> ModelInputs:
         """How batches are checked, by the layers that the model has now."""
-        names = FeatureNames(
-            query=self.query_features,
-            candidate=self.candidate_features,
-            candidate_id=self.candidate_id,
-            label=self.label,
-            exclude=self.exclude_feature,
-            positives=self.positive_feature,
-            negatives=self.negative_feature,
-            negative_probability=self.negative_probability_feature,
-            positive_weight=self.corpus_positives if isinstance(self.corpus_positives, str) else None,
-        )
-        probability, num_drawn_from = self.sampling_probability, 0
-        if self.mixed_negatives is not None:
-            probability = self.mixed_negatives.sampling_probability
-            num_drawn_from = probability.num_candidates
-        return ModelInputs(names, self._lookups, self.retrieval, probability, num_drawn_from, self.check_inputs)
+        return ModelInputs.of_model(self)
 
     # Compilation.
 
@@ -352,6 +383,9 @@ class TwoTowerModel(ModelWithObjective):
                 query_features=self.query_features,
                 candidate_features=self.candidate_features,
                 candidate_id=self.candidate_id,
+                query_id=self.query_id,
+                vocabularies=config_of_vocabularies(self.vocabularies),
+                unknown_candidates=self.unknown_candidates,
                 label=self.label,
                 exclude_feature=self.exclude_feature,
                 positive_feature=self.positive_feature,
@@ -360,6 +394,7 @@ class TwoTowerModel(ModelWithObjective):
                 batch_metrics=[serialize(metric) for metric in self.batch_metrics],
                 corpus_metrics=[serialize(metric) for metric in self.corpus_metrics],
                 corpus_positives=self.corpus_positives,
+                exclude_seen=self.exclude_seen,
                 check_inputs=self.check_inputs,
             )
             for name in OPTIONAL_LAYERS:
@@ -377,6 +412,7 @@ class TwoTowerModel(ModelWithObjective):
             for name in ("query_features", "candidate_features"):
                 config[name] = config[name][0] if len(config[name]) == 1 else config[name]
         deserialize = keras.saving.deserialize_keras_object
+        config["vocabularies"] = vocabularies_of_config(config.get("vocabularies"))
         with _keras.sharing_objects():
             for layer in config.pop("shared_layers", ()):
                 deserialize_tower(layer)

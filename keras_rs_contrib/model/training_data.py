@@ -1,0 +1,165 @@
+"""What a two-tower model knows of its training data: how often each candidate occurs, and what each query has seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.model.feature_names import flat
+
+# Names of the arrays in a file.
+ARRAYS = ("popular_ids", "popular_counts", "seen_queries", "seen_starts", "seen_ids")
+
+Pairs = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+
+
+class TrainingData:
+    """Counts of candidates, and the candidates that each query has seen, collected while batches are read.
+
+    A pass over the data may begin again, as Keras looks at the first batch before training. The longest pass counts.
+    Counts are those of the last training; what a query has seen is added to what was known before.
+
+    Attributes:
+        collects: whether batches are collected.
+        collects_seen: whether the candidates of each query are collected too.
+    """
+
+    def __init__(self) -> None:
+        self.collects = False
+        self.collects_seen = False
+        self._ids = self._counts = np.empty(0, "int64")
+        self._queries, self._starts, self._seen = np.empty(0, "int64"), np.zeros(1, "int64"), np.empty(0, "int32")
+        self._longest: Pairs = []
+        self._current: Pairs = []
+        self._is_settled = True
+
+    def begin(self, *, seen: bool) -> None:
+        """Begins to collect.
+
+        Args:
+            seen: whether to collect what each query has seen.
+        """
+        self.collects, self.collects_seen = True, seen
+        self._longest, self._current = [], []
+
+    def add(self, number: int, query_ids: Any, candidate_ids: Any, sample_weight: Any) -> None:
+        """Adds a batch, if batches are collected.
+
+        Args:
+            number: the number of the batch in its pass.
+            query_ids: `[batch]` ints, or `None` if only candidates are counted.
+            candidate_ids: `[batch]` ints.
+            sample_weight: `[batch]`; rows of weight 0 are left out. `None` for 1.
+        """
+        if not self.collects:
+            return
+        if number == 0:
+            self._longest, self._current = self._longest_pass(), []
+        candidates = _as_flat(candidate_ids)
+        queries = _as_flat(query_ids) if self.collects_seen else np.empty(0, "int64")
+        if sample_weight is not None:
+            is_present = np.asarray(sample_weight) != 0
+            candidates, queries = candidates[is_present], queries[is_present] if self.collects_seen else queries
+        self._current.append((queries, candidates))
+        self._is_settled = False
+
+    def end(self) -> None:
+        """Ends collecting."""
+        self._settle()
+        self.collects = False
+        self._longest, self._current = [], []
+
+    def add_seen(self, query_ids: Any, candidate_ids: Any) -> None:
+        """Adds what queries have seen.
+
+        Args:
+            query_ids: `[num_pairs]` ints.
+            candidate_ids: `[num_pairs]` ints, the candidate of each pair.
+        """
+        queries = np.repeat(self._queries, np.diff(self._starts))
+        new = _as_pairs(_as_flat(query_ids), _as_flat(candidate_ids))
+        pairs = np.unique(np.concatenate([_as_pairs(queries, self._seen), new]))
+        self._queries, counts = np.unique(pairs >> 32, return_counts=True)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._seen = (pairs & 0xFFFFFFFF).astype("uint32").view("int32")
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether it is known what queries have seen, or will be when the batches are read."""
+        return self._seen.size > 0 or (self.collects and self.collects_seen)
+
+    @property
+    def max_seen(self) -> int:
+        """The largest number of candidates that a query has seen."""
+        self._settle()
+        return int(np.diff(self._starts).max(initial=0))
+
+    def seen(self, query_ids: Any, kept_ids: Any = None) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Returns the candidates that queries have seen.
+
+        Args:
+            query_ids: `[num_queries]` ints.
+            kept_ids: `[num_queries, n]` ints, candidates that are not returned for a query; or `None`.
+
+        Returns:
+            `[num_queries, m]` int32, padded with -1, where m is a power of 2: each m is compiled once.
+        """
+        self._settle()
+        queries = _as_flat(query_ids)
+        if not self._queries.size:
+            return np.full((len(queries), 1), NO_CANDIDATE, "int32")
+        places = np.minimum(np.searchsorted(self._queries, queries), len(self._queries) - 1)
+        is_known = self._queries[places] == queries
+        lengths = np.where(is_known, self._starts[places + 1] - self._starts[places], 0)
+        width = 1 << int(max(lengths.max(initial=1) - 1, 0)).bit_length()
+        columns = np.arange(width)
+        is_seen = columns < lengths[:, None]
+        result = np.full((len(queries), width), NO_CANDIDATE, "int32")
+        result[is_seen] = self._seen[(self._starts[places][:, None] + columns)[is_seen]]
+        if kept_ids is not None:
+            rows = np.arange(len(queries))[:, None]
+            result[np.isin(_as_pairs(rows, result), _as_pairs(rows, np.asarray(kept_ids)))] = NO_CANDIDATE
+        return result
+
+    @property
+    def counts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The ids of candidates in the training data, sorted, and the number of rows of each. Both may be empty."""
+        self._settle()
+        return self._ids, self._counts
+
+    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Returns all that is known, for a file. Empty if nothing is."""
+        self._settle()
+        values = (self._ids, self._counts, self._queries, self._starts, self._seen)
+        return dict(zip(ARRAYS, values, strict=True)) if self._ids.size or self._seen.size else {}
+
+    def take_arrays(self, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Takes what `to_arrays` has returned."""
+        if arrays:
+            self._ids, self._counts, self._queries, self._starts, self._seen = (arrays[name] for name in ARRAYS)
+
+    def _longest_pass(self) -> Pairs:
+        return max(self._longest, self._current, key=lambda pairs: sum(len(candidates) for _, candidates in pairs))
+
+    def _settle(self) -> None:
+        """Counts what has been collected."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        pairs = self._longest_pass()
+        candidates = np.concatenate([candidates for _, candidates in pairs])
+        self._ids, self._counts = np.unique(candidates, return_counts=True)
+        if self.collects_seen:
+            self.add_seen(np.concatenate([queries for queries, _ in pairs]), candidates)
+
+
+def _as_flat(ids: Any) -> np.ndarray[Any, Any]:
+    """Returns `[batch]` or `[batch, 1]` ids as `[batch]` int64."""
+    return np.asarray(flat(np.asarray(ids))).astype("int64")
+
+
+def _as_pairs(query_ids: np.ndarray[Any, Any], candidate_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # Both are int32, so that a pair is one number.
+    return (query_ids.astype("int64") << 32) | (candidate_ids.astype("int64") & 0xFFFFFFFF)

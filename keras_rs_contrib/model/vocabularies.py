@@ -1,0 +1,248 @@
+"""Names in the batches of a two-tower model: their rows, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib.columns import as_dict, names_in
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW, Vocabulary
+
+# What `unknown_candidates` of a model may be.
+ACTIONS = ("error", "skip")
+
+
+@dataclasses.dataclass
+class Skipped:
+    """How many rows were skipped, because their candidate is not in the vocabulary.
+
+    Attributes:
+        num_rows: the number of rows read.
+        num_skipped: the number of rows skipped.
+        example: a candidate of those rows.
+    """
+
+    num_rows: int = 0
+    num_skipped: int = 0
+    example: Any = None
+
+    def reset(self) -> None:
+        """Counts from 0 again."""
+        self.num_rows = self.num_skipped = 0
+
+    def warn(self) -> None:
+        """Warns if rows were skipped."""
+        if self.num_skipped:
+            warnings.warn(
+                f"{self.num_skipped} of {self.num_rows} rows were skipped, because their candidate is not in the "
+                f"vocabulary. Received: {self.example!r}, for instance. To use them, create the vocabulary from all "
+                "candidates.",
+                stacklevel=3,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies of a model, by the names of features.
+
+    Attributes:
+        by_feature: the vocabulary of each feature that has one.
+        candidate_id: the feature with the ids of candidates, or `None`.
+        of_ids: the features with rows of candidate ids, which have the vocabulary of `candidate_id`.
+        unknown_candidates: "error", or "skip" for a weight of 0 in place of an error.
+        skipped: counts the rows that are skipped.
+    """
+
+    by_feature: dict[str, Vocabulary]
+    candidate_id: str | None
+    of_ids: tuple[str, ...]
+    unknown_candidates: str = "error"
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+
+    def __bool__(self) -> bool:
+        return bool(self.by_feature)
+
+    @property
+    def of_candidates(self) -> Vocabulary | None:
+        """The vocabulary of candidate ids, or `None` if they are rows already."""
+        return None if self.candidate_id is None else self.by_feature.get(self.candidate_id)
+
+    def encode(self, features: Any, names: Iterable[str]) -> Any:
+        """Returns features whose names are rows, and other features unchanged.
+
+        Args:
+            features: columns by name, or a DataFrame.
+            names: the features that the model uses.
+
+        Raises:
+            TypeError: if a value is neither a string nor an integer, as the vocabulary has them.
+            ValueError: if a name is missing.
+        """
+        features = as_dict(features)
+        if not self or not isinstance(features, dict):
+            return features
+        features = dict(features)
+        for name in dict.fromkeys(names):
+            if name not in features:
+                continue
+            if name in self.of_ids and self.of_candidates is not None:
+                features[name] = self.of_candidates.encode(features[name], padded=True)
+            elif name in self.by_feature:
+                features[name] = _encode_feature(name, self.by_feature[name], features[name])
+        return features
+
+    def check_candidates(
+        self, names: Any, rows: np.ndarray[Any, Any], sample_weight: Any, place: str = ""
+    ) -> tuple[np.ndarray[Any, Any], Any]:
+        """Returns the rows and the weights of candidates, with a weight of 0 for those that are skipped.
+
+        Args:
+            names: the names of the candidates.
+            rows: `[num_rows]` or `[num_rows, 1]`, their rows.
+            sample_weight: the weights, or `None`.
+            place: where the names are, for errors.
+
+        Raises:
+            ValueError: if a candidate is unknown, and `unknown_candidates` is "error".
+        """
+        is_unknown = rows.reshape(len(rows), -1)[:, 0] <= UNKNOWN_ROW
+        self.skipped.num_rows += len(rows)
+        unknown = np.flatnonzero(is_unknown)
+        if not unknown.size:
+            return rows, sample_weight
+        first = names.iloc[unknown[0]] if hasattr(names, "iloc") else names[unknown[0]]
+        if self.unknown_candidates == "error":
+            raise ValueError(
+                f"The feature {self.candidate_id!r} must hold names of its vocabulary. Received: {first!r} in row "
+                f"{unknown[0]}{place}, and {unknown.size} unknown names in all. Leave such rows out, or create the "
+                "model with unknown_candidates='skip'."
+            )
+        self.skipped.num_skipped += unknown.size
+        self.skipped.example = first
+        # A row of weight 0 needs an id that the model knows.
+        known = np.flatnonzero(~is_unknown)
+        rows[unknown] = rows[known[0]] if known.size else UNKNOWN_ROW + 1
+        weight = np.ones(len(rows), "float32") if sample_weight is None else np.array(sample_weight)
+        weight[unknown] = 0
+        return rows, weight
+
+    def encode_ids(self, ids: Any) -> Any:
+        """Returns rows of candidate ids, in any form that `recommend` takes, as rows of the vocabulary."""
+        return ids if ids is None or self.of_candidates is None else self.of_candidates.encode(ids, padded=True)
+
+    def decode_ids(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Returns the names of candidate ids, or the ids if they have none."""
+        return ids if self.of_candidates is None else self.of_candidates.decode(ids)
+
+    def are_unknown(self, features: dict[str, Any], names: Iterable[str]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Returns which queries have no known name, `[num_queries]`, or `None` if no feature has a vocabulary.
+
+        Args:
+            features: arrays of rows, by name.
+            names: the features of the query tower.
+        """
+        known = [np.asarray(features[name]) > UNKNOWN_ROW for name in names if name in self.by_feature]
+        if not known:
+            return None
+        return np.asarray(~np.any([each.reshape(len(each), -1).any(axis=1) for each in known], axis=0))
+
+    def named(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Returns the values of one row, by feature, with names in place of rows."""
+        return {
+            name: self.by_feature[name].decode(value).tolist() if name in self.by_feature else value
+            for name, value in features.items()
+        }
+
+
+def _encode_feature(name: str, vocabulary: Vocabulary, values: Any) -> np.ndarray[Any, Any]:
+    """Returns a column of names as rows. Rows of several names, such as histories, may have padding."""
+    try:
+        if _has_rows_of_names(values):
+            return vocabulary.encode(values, padded=True)
+        return vocabulary.encode(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"The feature {name!r} must hold names of its vocabulary. {error}") from error
+
+
+def _has_rows_of_names(values: Any) -> bool:
+    if hasattr(values, "shape") and len(values.shape) != 1:
+        return len(values.shape) > 1
+    first = values.iloc[0] if hasattr(values, "iloc") and len(values) else next(iter(values), None)
+    return not isinstance(first, (str, bytes)) and hasattr(first, "__len__")
+
+
+def check_action(unknown_candidates: Any) -> str:
+    """Returns `unknown_candidates` of a model, or raises `ValueError` if it is none."""
+    if unknown_candidates not in ACTIONS:
+        raise ValueError(
+            f"`unknown_candidates` must be one of {list(ACTIONS)}. Received: {unknown_candidates!r}. Pass one of them."
+        )
+    return str(unknown_candidates)
+
+
+def check_vocabularies(
+    vocabularies: Any,
+    towers: Iterable[tuple[keras.layers.Layer, str | list[str]]],
+    ids: Iterable[str | None],
+) -> dict[str, Vocabulary]:
+    """Returns the vocabularies of a model as a dict, or raises an error if they do not fit its features or tables.
+
+    Args:
+        vocabularies: vocabularies by feature, or `None`.
+        towers: the towers with their features.
+        ids: the features with ids of queries and candidates.
+
+    Raises:
+        TypeError: if they are not a dict of `Vocabulary`.
+        ValueError: if the model does not have a feature, or a table has too few rows.
+    """
+    if vocabularies is None:
+        return {}
+    if not isinstance(vocabularies, dict):
+        raise TypeError(
+            "`vocabularies` must be a dict by the names of features. Received: "
+            f"{vocabularies!r}. Pass {{'user_id': users}}, for instance."
+        )
+    towers = list(towers)
+    features = [name for _, names in towers for name in names_in(names)]
+    known = [name for name in dict.fromkeys([*features, *ids]) if name is not None]
+    for name, vocabulary in vocabularies.items():
+        check_type(f"vocabularies[{name!r}]", vocabulary, Vocabulary)
+        if name not in known:
+            raise ValueError(
+                f"`vocabularies` must be of features of the model. Received: {name!r}, and the features {known}. "
+                "Use their names."
+            )
+    for tower, name in towers:
+        if isinstance(tower, keras.layers.Embedding) and isinstance(name, str) and name in vocabularies:
+            size = len(vocabularies[name])
+            if tower.input_dim < size:
+                raise ValueError(
+                    f"The table of {name!r} must have a row for each name of its vocabulary, and row 0. Received: "
+                    f"input_dim={tower.input_dim} for {size} rows. Create it with input_dim=len(vocabulary)."
+                )
+    return dict(vocabularies)
+
+
+def config_of_vocabularies(vocabularies: dict[str, Vocabulary]) -> dict[str, Any]:
+    """Returns vocabularies, serialized. Features may share one."""
+    different = list({id(each): each for each in vocabularies.values()}.values())
+    numbers = {id(each): number for number, each in enumerate(different)}
+    return {
+        "vocabularies": [keras.saving.serialize_keras_object(each) for each in different],
+        "numbers": {name: numbers[id(each)] for name, each in vocabularies.items()},
+    }
+
+
+def vocabularies_of_config(config: Any) -> dict[str, Vocabulary]:
+    """Returns the vocabularies that `config_of_vocabularies` has serialized. `None` for none."""
+    if config is None:
+        return {}
+    different = [keras.saving.deserialize_keras_object(each) for each in config["vocabularies"]]
+    return {name: different[number] for name, number in config["numbers"].items()}
