@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import check_positional, known_values
+from keras_rs_contrib.names import flat_names
+from keras_rs_contrib.vocabulary import Vocabulary
 
 # The id of "no candidate", in rows with fewer candidates than columns.
 NO_CANDIDATE = -1
@@ -183,31 +186,43 @@ def check_corpus_ids(
     return None if candidate_ids is None else ids
 
 
-def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
+def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.ndarray[Any, Any]:
     """Groups pairs of a query and a candidate into one row of candidate ids for each query.
 
     Use it to create the `exclude_ids` of an index from past interactions, or the positives of each user for an
     evaluation from held-out interactions.
 
     Args:
-        query_ids: `[num_pairs]` ints, such as the user of each rating.
-        candidate_ids: `[num_pairs]` ints, such as the film of each rating.
-        queries: `[num_queries]` unique ints, the queries to return. Pairs of other queries are ignored.
+        query_ids: `[num_pairs]` ints or names, such as the user of each rating.
+        candidate_ids: `[num_pairs]` ints or names, such as the film of each rating.
+        queries: `[num_queries]` unique ints or names, the queries to return. Pairs of other queries are ignored.
 
     Returns:
         `[num_queries, m]` int32, where m is the largest number of candidates of a query, and at least 1. Rows are
-        padded with -1. Each row contains a candidate once, in the order of the first pairs.
+        padded with -1. Each row contains a candidate once, in the order of the first pairs. For candidates that are
+        strings, or integers outside the range of int32, an object array padded with `None`.
 
     Raises:
-        TypeError: if the ids are not integers.
-        ValueError: if an argument is not flat, if `query_ids` and `candidate_ids` differ in length, if `queries` has
-            duplicates, or if an id is outside the range of int32.
+        TypeError: if the ids are neither integers nor strings.
+        ValueError: if an argument is not flat, if `query_ids` and `candidate_ids` differ in length, or if `queries` has
+            duplicates.
 
     Example:
     ```python
     seen = group_candidate_ids([7, 8, 7], [100, 200, 300], queries=[8, 7])  # [[200, -1], [100, 300]]
     ```
     """
+    if _are_names(queries) or _are_names(query_ids):
+        names, shape = flat_names(queries)
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise ValueError(f"`queries` must be unique. Received: {twice!r} twice. Remove the duplicates.")
+        rows = Vocabulary(names or ["no query"])
+        numbers = np.arange(1, len(names) + 1).reshape(shape)
+        return group_candidate_ids(rows.encode(query_ids), candidate_ids, numbers)
+    if _are_names(candidate_ids):
+        rows = Vocabulary.from_data(candidate_ids)
+        return rows.decode(group_candidate_ids(query_ids, rows.encode(candidate_ids), queries))
     query_ids = check_candidate_ids(query_ids, "query_ids")
     candidate_ids = check_candidate_ids(candidate_ids)
     queries = check_candidate_ids(queries, "queries")
@@ -235,6 +250,25 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     result = np.full((len(queries), max(1, int(counts.max(initial=0)))), NO_CANDIDATE, np.int32)
     result[rows, columns] = candidate_ids
     return result
+
+
+def _are_names(ids: Any) -> bool:
+    """Returns whether ids are strings, or integers that int32 cannot hold."""
+    dtype = getattr(ids, "dtype", None)
+    if not isinstance(dtype, np.dtype) or dtype.kind == "O":
+        if ops.is_tensor(ids):
+            return False
+        flat, _ = flat_names(ids)
+        if flat and all(isinstance(each, str) for each in flat):
+            return True
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in flat):
+            return False
+        return any(not -(2**31) <= each < 2**31 for each in flat)
+    limits = np.iinfo(np.int32)
+    ids = np.asarray(ids)
+    if dtype.kind not in "iu":
+        return dtype.kind in "US"
+    return bool(ids.size) and not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max
 
 
 def check_exclude_ids(exclude_ids: Any) -> list[int]:

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 
@@ -118,12 +119,32 @@ def test_group_candidate_ids_by_hand(query_ids, candidate_ids, queries, expected
         ([1], [3], [[1]], ValueError, r"and \(1, 1\)"),
         ([1], [3], 1, ValueError, r"and \(\)"),
         ([1.0], [3], [1], TypeError, "`query_ids` must be integers"),
-        ([1], ["b"], [1], TypeError, "`candidate_ids` must be integers"),
+        ([1], [2.5], [1], TypeError, "`candidate_ids` must be integers"),
+        (["a"], [3], [1], TypeError, "A name must be of the kind"),
+        (["a"], [3], ["a", "b", "a"], ValueError, "`queries` must be unique. Received: 'a' twice"),
+        (["a", None], [3, 4], ["a"], ValueError, "must not be missing"),
+        (["a"], ["x", "y"], ["a"], ValueError, r"shapes \(1,\), \(2,\) and \(1,\)"),
+        (["a"], ["x"], [["a"]], ValueError, r"and \(1, 1\)"),
         ([1], [3], [True], TypeError, "`queries` must be integers"),
-        ([2**31], [3], [1], ValueError, r"`query_ids` must be in \["),
-        ([1], [3], [2**32 + 1], ValueError, r"`queries` must be in \["),
     ],
 )
 def test_invalid_arguments_of_group_candidate_ids_raise(query_ids, candidate_ids, queries, error, words):
     with pytest.raises(error, match=words):
         group_candidate_ids(query_ids, candidate_ids, queries)
+
+
+@pytest.mark.parametrize(
+    ("query_ids", "candidate_ids", "queries", "expected"),
+    [
+        (["a", "b", "a"], [100, 200, 300], ["b", "a"], [[200, -1], [100, 300]]),
+        (["a", "b", "a"], ["x", "y", "z"], ["b", "a", "c"], [["y", None], ["x", "z"], [None, None]]),
+        ([1, 2, 1], ["x", "x", "x"], [2, 1], [["x"], ["x"]]),
+        (np.array([b"a", b"b"]), pd.Series(["x", "y"]), np.array(["b", "a"], object), [["y"], ["x"]]),
+        ([2**40, 1], [3, 4], [1, 2**40], [[4], [3]]),
+        ([1, 2], np.array([2**40, 4]), [1, 2], [[2**40], [4]]),
+        (["a"], [3], [], np.zeros((0, 1), int)),
+    ],
+)
+def test_group_candidate_ids_takes_names(query_ids, candidate_ids, queries, expected):
+    result = group_candidate_ids(query_ids, candidate_ids, queries)
+    assert result.tolist() == np.asarray(expected, object).tolist()

@@ -102,7 +102,13 @@ class ModelInputs:
         return dataclasses.replace(self, vocabularies=dataclasses.replace(self.vocabularies, by_feature={}))
 
     def to_arrays(
-        self, x: Any, y: Any = None, sample_weight: Any = None, queries_only: bool = False, place: str = ""
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        queries_only: bool = False,
+        number: int | None = None,
+        reader: int = 0,
     ) -> Any:
         """Returns data of one batch or many as arrays, if they are columns: DataFrames, dicts, Series or lists.
 
@@ -113,7 +119,8 @@ class ModelInputs:
             y: as in `fit`.
             sample_weight: as in `fit`.
             queries_only: as in `FeatureNames.needed`.
-            place: where the data are, for errors.
+            number: the number of the batch, or `None` for all rows at once.
+            reader: identifies what reads the batches.
 
         Returns:
             `x`, `y` and `sample_weight`.
@@ -138,7 +145,7 @@ class ModelInputs:
         candidate_id = self.names.candidate_id
         if self.vocabularies.of_candidates is not None and not queries_only and candidate_id in x:
             x[candidate_id], sample_weight = self.vocabularies.check_candidates(
-                given[candidate_id], x[candidate_id], sample_weight, place
+                given[candidate_id], x[candidate_id], sample_weight, number, reader
             )
         return x, y, sample_weight
 
@@ -163,7 +170,8 @@ class ModelInputs:
             x, y, sample_weight = self.to_arrays(x, y, sample_weight, purpose.queries_only)
             if self.vocabularies:
                 return self.of_rows.batches(x, y, sample_weight, purpose, **how)
-        prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), purpose)
+        # A copy identifies what reads the batches.
+        prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), dataclasses.replace(purpose))
         result = batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
         result.prepare_unchecked = self._encode
         return result
@@ -207,7 +215,7 @@ class ModelInputs:
         self.names.check(x, needed)
         if queries_only:
             x = {name: x[name] for name in [*needed, self.names.query_id, self.names.exclude] if name in x}
-        x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only, f" of batch {number}")
+        x, y, sample_weight = self.to_arrays(x, y, sample_weight, queries_only, number, id(purpose))
         if not queries_only:
             self.names.labels(x, y)
         if self.check:

@@ -23,26 +23,36 @@ class Skipped:
     """How many rows were skipped, because their candidate is not in the vocabulary.
 
     Attributes:
-        num_rows: the number of rows read.
-        num_skipped: the number of rows skipped.
-        example: a candidate of those rows.
+        counts: the number of rows, and of those skipped, in the last pass of each reader over its data.
+        example: a candidate of the rows skipped.
     """
 
-    num_rows: int = 0
-    num_skipped: int = 0
+    counts: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     example: Any = None
+
+    def add(self, number: int | None, reader: int, num_rows: int, num_skipped: int) -> None:
+        """Adds the rows of a batch.
+
+        Args:
+            number: the number of the batch, 0 at the beginning of a pass, or `None` for all rows at once.
+            reader: identifies what reads the batches.
+            num_rows: the number of rows.
+            num_skipped: the number of rows skipped.
+        """
+        rows, skipped = self.counts.get(reader, (0, 0)) if number != 0 else (0, 0)
+        self.counts[reader] = (rows + num_rows, skipped + num_skipped)
 
     def reset(self) -> None:
         """Counts from 0 again."""
-        self.num_rows = self.num_skipped = 0
+        self.counts.clear()
 
     def warn(self) -> None:
         """Warns if rows were skipped."""
-        if self.num_skipped:
+        num_rows, num_skipped = (sum(column) for column in zip((0, 0), *self.counts.values(), strict=True))
+        if num_skipped:
             warnings.warn(
-                f"{self.num_skipped} of {self.num_rows} rows were skipped, because their candidate is not in the "
-                f"vocabulary. Received: {self.example!r}, for instance. To use them, create the vocabulary from all "
-                "candidates.",
+                f"{num_skipped} of {num_rows} rows were skipped, because their candidate is not in the vocabulary. "
+                f"Received: {self.example!r}, for instance. To use them, create the vocabulary from all candidates.",
                 stacklevel=3,
             )
 
@@ -98,7 +108,7 @@ class Vocabularies:
         return features
 
     def check_candidates(
-        self, names: Any, rows: np.ndarray[Any, Any], sample_weight: Any, place: str = ""
+        self, names: Any, rows: np.ndarray[Any, Any], sample_weight: Any, number: int | None, reader: int
     ) -> tuple[np.ndarray[Any, Any], Any]:
         """Returns the rows and the weights of candidates, with a weight of 0 for those that are skipped.
 
@@ -106,24 +116,26 @@ class Vocabularies:
             names: the names of the candidates.
             rows: `[num_rows]` or `[num_rows, 1]`, their rows.
             sample_weight: the weights, or `None`.
-            place: where the names are, for errors.
+            number: the number of the batch, or `None` for all rows at once.
+            reader: identifies what reads the batches.
 
         Raises:
             ValueError: if a candidate is unknown, and `unknown_candidates` is "error".
         """
         is_unknown = rows.reshape(len(rows), -1)[:, 0] <= UNKNOWN_ROW
-        self.skipped.num_rows += len(rows)
         unknown = np.flatnonzero(is_unknown)
+        if self.unknown_candidates == "skip":
+            self.skipped.add(number, reader, len(rows), unknown.size)
         if not unknown.size:
             return rows, sample_weight
         first = names.iloc[unknown[0]] if hasattr(names, "iloc") else names[unknown[0]]
         if self.unknown_candidates == "error":
+            place = "" if number is None else f" of batch {number}"
             raise ValueError(
                 f"The feature {self.candidate_id!r} must hold names of its vocabulary. Received: {first!r} in row "
                 f"{unknown[0]}{place}, and {unknown.size} unknown names in all. Leave such rows out, or create the "
                 "model with unknown_candidates='skip'."
             )
-        self.skipped.num_skipped += unknown.size
         self.skipped.example = first
         # A row of weight 0 needs an id that the model knows.
         known = np.flatnonzero(~is_unknown)
