@@ -3,7 +3,14 @@ import keras_rs
 import numpy as np
 import pytest
 
-from keras_rs_contrib import EvaluateQueries, RecallAtK, RefreshCandidates, TwoTowerModel, shard_candidates
+from keras_rs_contrib import (
+    DistributedTwoTowerTask,
+    EvaluateQueries,
+    RecallAtK,
+    RefreshCandidates,
+    TwoTowerModel,
+    shard_candidates,
+)
 
 DIMENSION = 4
 
@@ -81,7 +88,8 @@ def test_refresh_candidates_skips_the_index_of_an_embedding():
 
 @pytest.mark.parametrize("epochs", [None, [2]])
 def test_query_metrics_are_added_to_the_history(epochs):
-    model = TwoTowerModel(keras.layers.Embedding(6, 4), keras.layers.Embedding(8, 4), "user_id", "movie_id")
+    towers = keras.layers.Embedding(6, 4), keras.layers.Embedding(8, 4)
+    model = TwoTowerModel(*towers, "user_id", "movie_id", task=DistributedTwoTowerTask())
     model.compile(keras.optimizers.Adam(0.1))
     users, positives = {"user_id": np.arange(6)}, np.array([[1, 2], [3, -1], [-1, -1], [0, 7], [5, 4], [6, 2]])
     seen = []

@@ -28,7 +28,7 @@ def make_model(table=keras.layers.Embedding, **kwargs):
     arguments = {"embeddings_initializer": keras.initializers.RandomNormal(seed=1)}
     arguments |= {"optimizer": RowSGD(0.5)} if table is RowSparseEmbedding else {}
     towers = table(20, 8, **arguments), table(12, 8, **arguments)
-    model = TwoTowerModel(*towers, "user", "movie", **kwargs)
+    model = TwoTowerModel(*towers, "user", "movie", **{"task": DistributedTwoTowerTask(), **kwargs})
     model.compile(keras.optimizers.SGD(0.5))
     return model
 

@@ -804,7 +804,7 @@ def test_the_index_must_match_the_tower_and_the_similarity():
         ValueError,
         match=r"the similarity of the task. Received: similarity='cosine' in the index and 'dot' in the task",
     ):
-        TwoTowerModel(users, movies, "user_id", "movie_id", retrieval=index)
+        TwoTowerModel(users, movies, "user_id", "movie_id", retrieval=index, task=DistributedTwoTowerTask())
 
 
 def test_options_that_need_candidate_ids_require_candidate_id():
