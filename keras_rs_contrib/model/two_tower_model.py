@@ -149,6 +149,9 @@ class TwoTowerModel(ModelWithObjective):
     ```
     """
 
+    _lookups: TowerLookups
+    _skipped: Skipped
+
     @explains_keywords
     def __init__(
         self,

@@ -63,7 +63,7 @@ FORMS = {
     "arrays": dict,
     "frame": pd.DataFrame,
     "tf_data": as_tf_data,
-    "generator": lambda data: ({name: x[i : i + 20] for name, x in data.items()} for i in range(0, 60, 20)),
+    "generator": lambda data: (({name: x[i : i + 20] for name, x in data.items()},) for i in range(0, 60, 20)),
 }
 
 
