@@ -67,6 +67,7 @@ FORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("form", FORMS)
 def test_what_a_query_has_seen_in_training_is_left_out(form):
     model = make_model()
@@ -267,6 +268,7 @@ def naive_popularity_ranks(pairs, seen):
     return np.array(ranks)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("form", FORMS)
 def test_popularity_is_printed_next_to_the_last_validation(form, capsys):
     model = make_model()
