@@ -13,7 +13,6 @@ from keras_rs_contrib import columns
 from keras_rs_contrib.batches import PaddedBatches
 from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.inputs import ModelInputs
-from keras_rs_contrib.model.popularity import Popularity
 
 
 def check_seen(seen: Any, inputs: ModelInputs) -> tuple[Any, Any] | None:
@@ -80,15 +79,6 @@ def say_that_seen_are_ranked(model: Any) -> None:
         )
 
 
-def popularity_of(model: Any) -> Popularity | None:
-    """Returns the popularity of the candidates of a model's index, or `None` if it is unknown."""
-    ids, counts = model.model_inputs.training_data.counts
-    if not ids.size or model.retrieval is None or model.retrieval.num_candidates is None:
-        return None
-    popularity = Popularity.of_index(model.retrieval, ids, counts)
-    return popularity if popularity.ids.size else None
-
-
 def popularity_metrics(model: Any, batches: PaddedBatches, steps: int | None) -> dict[str, float]:
     """Returns the corpus metrics of popularity for the rows of batches, or an empty dict if they cannot be computed.
 
@@ -97,7 +87,8 @@ def popularity_metrics(model: Any, batches: PaddedBatches, steps: int | None) ->
         batches: checked batches, as in `evaluate`.
         steps: the number of batches to read, or `None` for all.
     """
-    popularity, names = popularity_of(model), model.model_inputs.names
+    inputs = model.model_inputs
+    popularity, names = inputs.training_data.popularity(inputs.retrieval), inputs.names
     if popularity is None or batches.is_exhausted:
         return {}
     metrics = [type(metric).from_config(metric.get_config()) for metric in model.corpus_metrics]

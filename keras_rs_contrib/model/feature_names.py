@@ -10,6 +10,8 @@ from keras_rs_contrib.columns import names_in
 
 # The feature with all ids that a query's list leaves out, which the model adds to batches whose candidates are ranked.
 LEFT_OUT = "ids_left_out"
+# The feature with the rank of each candidate by popularity, for queries that are unknown, and -1 for all others.
+POPULAR_RANKS = "ranks_by_popularity"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model import feature_checks
 from keras_rs_contrib.model.feature_checks import AllowedIds
-from keras_rs_contrib.model.feature_names import LEFT_OUT, FeatureNames, flat, is_missing
+from keras_rs_contrib.model.feature_names import LEFT_OUT, POPULAR_RANKS, FeatureNames, flat, is_missing
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.training_data import TrainingData
 from keras_rs_contrib.model.vocabularies import Vocabularies
@@ -29,11 +29,13 @@ class Purpose:
         queries_only: whether candidates are not needed.
         collects: whether the model learns from them what queries have seen, and how often candidates occur.
         leaves_out_seen: whether candidates that a query has seen are left out of its list.
+        ranks: whether candidates are ranked in the lists of their queries.
     """
 
     queries_only: bool = False
     collects: bool = False
     leaves_out_seen: bool = False
+    ranks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ModelInputs:
     @property
     def of_rows(self) -> ModelInputs:
         """The same for batches whose names are rows already."""
-        return dataclasses.replace(self, vocabularies=dataclasses.replace(self.vocabularies, by_feature={}))
+        return dataclasses.replace(self, vocabularies=dataclasses.replace(self.vocabularies, are_rows=True))
 
     def to_arrays(
         self,
@@ -143,7 +145,8 @@ class ModelInputs:
         if sample_weight is not None:
             sample_weight = flat(columns.as_array(sample_weight, "`sample_weight`"))
         candidate_id = self.names.candidate_id
-        if self.vocabularies.of_candidates is not None and not queries_only and candidate_id in x:
+        names_candidates = self.vocabularies.of_candidates is not None and not self.vocabularies.are_rows
+        if names_candidates and not queries_only and candidate_id in x:
             x[candidate_id], sample_weight = self.vocabularies.check_candidates(
                 given[candidate_id], x[candidate_id], sample_weight, number, reader
             )
@@ -168,7 +171,7 @@ class ModelInputs:
         """
         if isinstance(x, dict) or columns.is_frame(x):
             x, y, sample_weight = self.to_arrays(x, y, sample_weight, purpose.queries_only)
-            if self.vocabularies:
+            if not self.vocabularies.are_rows:
                 return self.of_rows.batches(x, y, sample_weight, purpose, **how)
         # A copy identifies what reads the batches.
         prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), dataclasses.replace(purpose))
@@ -187,10 +190,11 @@ class ModelInputs:
         sample_weight: Any = None,
         *,
         queries_only: bool = False,
+        ranks: bool = False,
         leaves_out_seen: bool = False,
     ) -> tuple[Any, Any, Any]:
         """Returns one batch, checked and padded. The arguments are those of `batches` and `Purpose`."""
-        purpose = Purpose(queries_only=queries_only, leaves_out_seen=leaves_out_seen)
+        purpose = Purpose(queries_only=queries_only, leaves_out_seen=leaves_out_seen, ranks=ranks)
         x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), purpose, 0, x, y, sample_weight)
         size = batches.batch_length((x, y, sample_weight))
         return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
@@ -231,13 +235,21 @@ class ModelInputs:
         query_id, candidate_id, known = self.names.query_id, self.names.candidate_id, self.training_data
         if purpose.collects and candidate_id is not None:
             known.add(number, None if query_id is None else x.get(query_id), x[candidate_id], sample_weight)
-        if not purpose.leaves_out_seen or not known.has_seen or query_id not in x or candidate_id not in x:
+        if not purpose.ranks or candidate_id not in x:
             return x
-        # The candidate itself is ranked, even if it was seen.
-        left_out = known.seen(x[query_id], np.reshape(x[candidate_id], (-1, 1)))
-        if self.names.exclude in x:
-            left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
-        return {**x, LEFT_OUT: left_out}
+        candidate_ids = np.reshape(x[candidate_id], (-1, 1))
+        if purpose.leaves_out_seen and known.has_seen and query_id in x:
+            # The candidate itself is ranked, even if it was seen.
+            left_out = known.seen(x[query_id], candidate_ids)
+            if self.names.exclude in x:
+                left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
+            x = {**x, LEFT_OUT: left_out}
+        unknown = self.vocabularies.are_unknown(x, self.names.of_query)
+        popularity = known.popularity(self.retrieval)
+        if unknown is not None and popularity is not None:
+            ranks = popularity.ranks(candidate_ids, exclude_ids=self.names.exclude_ids(x))[:, 0]
+            x = {**x, POPULAR_RANKS: np.where(unknown, ranks, NO_CANDIDATE).astype("int32")}
+        return x
 
     def _check_values(
         self,

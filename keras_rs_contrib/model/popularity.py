@@ -30,22 +30,30 @@ class Popularity:
     order_of_rows: np.ndarray[Any, Any]
 
     @classmethod
-    def of_index(cls, index: Any, ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> Popularity:
+    def of_candidates(
+        cls,
+        index_ids: np.ndarray[Any, Any],
+        exclude_ids: list[int],
+        ids: np.ndarray[Any, Any],
+        counts: np.ndarray[Any, Any],
+    ) -> Popularity:
         """Returns the popularity of the candidates of an index.
 
         Args:
-            index: the index.
-            ids: sorted ids of candidates.
+            index_ids: the ids of the index, by row.
+            exclude_ids: those that it never returns.
+            ids: sorted ids of candidates in the training data.
             counts: their numbers of rows. Candidates without a number have 0.
         """
-        own_ids = np.arange(index.num_candidates) if index.candidate_ids is None else np.asarray(index.candidate_ids)
-        places = np.minimum(np.searchsorted(ids, own_ids), max(len(ids) - 1, 0))
-        own_counts = np.where(ids[places] == own_ids, counts[places], 0) if len(ids) else np.zeros(len(own_ids), int)
+        places = np.minimum(np.searchsorted(ids, index_ids), max(len(ids) - 1, 0))
+        own_counts = (
+            np.where(ids[places] == index_ids, counts[places], 0) if len(ids) else np.zeros(len(index_ids), int)
+        )
         order = np.argsort(-own_counts, kind="stable")
-        order = order[~np.isin(own_ids[order], index.exclude_ids)]
-        order_of_rows = np.full(len(own_ids), len(order))
+        order = order[~np.isin(index_ids[order], exclude_ids)]
+        order_of_rows = np.full(len(index_ids), len(order))
         order_of_rows[order] = np.arange(len(order))
-        return cls(own_ids[order], own_counts[order], index.num_candidates, order_of_rows)
+        return cls(index_ids[order], own_counts[order], len(index_ids), order_of_rows)
 
     def find(
         self, k: int, num_queries: int, exclude_ids: Any = None, include_ids: Any = None, include_mask: Any = None

@@ -15,7 +15,6 @@ from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.metrics import RankMetric
-from keras_rs_contrib.model.baseline import popularity_of
 from keras_rs_contrib.model.feature_names import FeatureNames
 from keras_rs_contrib.model.finite_loss import no_embedding
 from keras_rs_contrib.model.queries import (
@@ -150,7 +149,7 @@ class RecommendingModel(PaddedModel):
 
     def _fill_with_popular(self, ids: Any, scores: Any, unknown: Any, queries: CheckedQueries) -> None:
         """Puts the most popular candidates into the rows of unknown queries."""
-        popularity = popularity_of(self)
+        popularity = self.model_inputs.training_data.popularity(self._index())
         if popularity is None:
             row = int(np.flatnonzero(unknown)[0])
             raise ValueError(
@@ -179,7 +178,8 @@ class RecommendingModel(PaddedModel):
         """Returns the corpus metrics of queries with several positives, such as the held-out films of each user.
 
         `evaluate` ranks each pair of a query and a positive separately. Here, all positives of a query are ranked in
-        one list, and each query counts once.
+        one list, and each query counts once. Lists are those of `recommend`: queries that are not in the vocabulary get
+        the most popular candidates.
 
         Args:
             query_features: dict of `[num_queries, ...]` arrays, or values of the only feature, as in `recommend`.
@@ -211,7 +211,7 @@ class RecommendingModel(PaddedModel):
                 "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
                 f"{row}. Leave unknown candidates out."
             )
-        popularity = popularity_of(self) if by_popularity else None
+        popularity = self.model_inputs.training_data.popularity(index)
         if by_popularity and popularity is None:
             raise ValueError(
                 "`by_popularity` needs the number of rows of each candidate in the training data. Received: a model "
@@ -219,9 +219,15 @@ class RecommendingModel(PaddedModel):
             )
 
         def rank(features: dict[str, Any], limits: dict[str, Any], positive_ids: Any) -> tuple[Any]:
-            if popularity is not None:
+            if by_popularity:
+                assert popularity is not None
                 return (popularity.ranks(positive_ids, **limits),)
-            return (index.ranks(embed(features), positive_ids, **limits),)
+            ranks = index.ranks(embed(features), positive_ids, **limits)
+            unknown = self.model_inputs.vocabularies.are_unknown(features, self.model_inputs.names.of_query)
+            if popularity is None or unknown is None or not unknown.any():
+                return (ranks,)
+            # Such a query gets the most popular candidates.
+            return (np.where(unknown[:, None], popularity.ranks(positive_ids, **limits), ranks),)
 
         embed = self._embedding_in_order()
         self.refresh_index()

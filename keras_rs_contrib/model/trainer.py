@@ -148,7 +148,7 @@ class PaddedModel(RecoveringModel):
                 self.model_inputs.retrieval.check_can_refresh()
             validation_data = self.model_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
-                purpose=Purpose(leaves_out_seen=self.exclude_seen),
+                purpose=Purpose(leaves_out_seen=self.exclude_seen, ranks=self.ranks_in_evaluation),
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
@@ -216,7 +216,8 @@ class PaddedModel(RecoveringModel):
         if within_fit:
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
         self.model_inputs.vocabularies.skipped.reset()
-        purpose = Purpose(leaves_out_seen=self.exclude_seen if exclude_seen is None else exclude_seen)
+        leaves_out_seen = self.exclude_seen if exclude_seen is None else exclude_seen
+        purpose = Purpose(leaves_out_seen=leaves_out_seen, ranks=self.ranks_in_evaluation)
         x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
         with WeightGuard(self) as guard:
@@ -287,7 +288,9 @@ class PaddedModel(RecoveringModel):
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
-        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight, leaves_out_seen=self.exclude_seen)
+        x, y, sample_weight = self.model_inputs.batch(
+            x, y, sample_weight, ranks=self.ranks_in_evaluation, leaves_out_seen=self.exclude_seen
+        )
         check_mesh(self.variables)
         # Keras resets the metrics itself from 3.15 on.
         self.reset_metrics()

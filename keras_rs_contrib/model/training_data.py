@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.model.feature_names import flat
+from keras_rs_contrib.model.popularity import Popularity
 
 # Names of the arrays in a file.
 ARRAYS = ("popular_ids", "popular_counts", "seen_queries", "seen_starts", "seen_ids")
@@ -34,6 +35,7 @@ class TrainingData:
         self._longest: Pairs = []
         self._current: Pairs = []
         self._is_settled = True
+        self._popularity: tuple[Any, Any, list[int], Popularity | None] | None = None
 
     def begin(self, *, seen: bool) -> None:
         """Begins to collect.
@@ -129,6 +131,26 @@ class TrainingData:
         self._settle()
         return self._ids, self._counts
 
+    def popularity(self, index: Any, index_ids: np.ndarray[Any, Any] | None) -> Popularity | None:
+        """Returns the popularity of the candidates of an index, or `None` if it is unknown.
+
+        Args:
+            index: the index, or `None`.
+            index_ids: as `ids_of` returns them.
+        """
+        ids, counts = self.counts
+        if not ids.size or index_ids is None:
+            return None
+        exclude_ids = list(index.exclude_ids)
+        if self._popularity is not None:
+            known_counts, known_index_ids, known_exclude_ids, popularity = self._popularity
+            is_known = known_counts is counts and known_exclude_ids == exclude_ids
+            if is_known and np.array_equal(known_index_ids, index_ids):
+                return popularity
+        popularity = Popularity.of_candidates(index_ids, exclude_ids, ids, counts)
+        self._popularity = (counts, index_ids, exclude_ids, popularity if popularity.ids.size else None)
+        return self._popularity[-1]
+
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Returns all that is known, for a file. Empty if nothing is."""
         self._settle()
@@ -153,6 +175,13 @@ class TrainingData:
         self._ids, self._counts = np.unique(candidates, return_counts=True)
         if self.collects_seen:
             self.add_seen(np.concatenate([queries for queries, _ in pairs]), candidates)
+
+
+def ids_of(index: Any) -> np.ndarray[Any, Any] | None:
+    """Returns the ids of an index by row, or `None` if it has no candidates. Variables have no values within `fit`."""
+    if index is None or index.num_candidates is None:
+        return None
+    return np.arange(index.num_candidates) if index.candidate_ids is None else np.asarray(index.candidate_ids)
 
 
 def _as_flat(ids: Any) -> np.ndarray[Any, Any]:

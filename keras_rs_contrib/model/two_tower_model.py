@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import keras_rs
+from keras import ops
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type, explains_keywords
@@ -25,7 +26,7 @@ from keras_rs_contrib.model.configuration import (
     metrics_of_batch,
     metrics_of_corpus,
 )
-from keras_rs_contrib.model.feature_names import feature_names, flat
+from keras_rs_contrib.model.feature_names import POPULAR_RANKS, feature_names, flat
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.objective import ModelWithObjective
@@ -360,6 +361,9 @@ class TwoTowerModel(ModelWithObjective):
         names.check(features, [self.candidate_id])
         candidate_ids = flat(features[self.candidate_id])
         result["ranks"] = self.retrieval.ranks(query_embeddings, candidate_ids, exclude_ids=exclude_ids)
+        if POPULAR_RANKS in features:
+            popular = features[POPULAR_RANKS]
+            result["ranks"] = ops.where(ops.greater_equal(popular, 0), popular, result["ranks"])
         return result
 
     def _embed(self, features: dict[str, Any], candidates: Any, training: bool | None) -> Any:

@@ -67,6 +67,7 @@ class Vocabularies:
         of_ids: the features with rows of candidate ids, which have the vocabulary of `candidate_id`.
         unknown_candidates: "error", or "skip" for a weight of 0 in place of an error.
         skipped: counts the rows that are skipped.
+        are_rows: whether features hold rows already, in place of names.
     """
 
     by_feature: dict[str, Vocabulary]
@@ -74,9 +75,7 @@ class Vocabularies:
     of_ids: tuple[str, ...]
     unknown_candidates: str = "error"
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
-
-    def __bool__(self) -> bool:
-        return bool(self.by_feature)
+    are_rows: bool = False
 
     @property
     def of_candidates(self) -> Vocabulary | None:
@@ -95,7 +94,7 @@ class Vocabularies:
             ValueError: if a name is missing.
         """
         features = as_dict(features)
-        if not self or not isinstance(features, dict):
+        if self.are_rows or not self.by_feature or not isinstance(features, dict):
             return features
         features = dict(features)
         for name in dict.fromkeys(names):

@@ -10,6 +10,7 @@ from conftest import data_parallel
 from keras_rs_contrib import (
     DistributedTwoTowerTask,
     EvaluateQueries,
+    RecallAtK,
     TwoTowerModel,
     Vocabulary,
     group_candidate_ids,
@@ -419,3 +420,19 @@ def test_ids_of_an_index_that_are_no_rows_of_the_vocabulary_are_an_error():
             keras.layers.Embedding(13, 4), tower, "user", "movie", candidate_id="movie", retrieval=index,
             vocabularies={"movie": Vocabulary(MOVIES)},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["frame", "tf_data"])
+def test_unknown_queries_are_evaluated_by_popularity(form):
+    """In pairs and in lists, as they are recommended to."""
+    data = DATA.copy()
+    data["user"] = np.where(np.arange(len(data)) % 3, data["user"], "nobody")
+    model = named_model(corpus_metrics=[RecallAtK(3)])
+    model.compile("adam")
+    history = model.fit(DATA, validation_data=FORMS[form](data), batch_size=32, verbose=0).history
+    lists = model.recommend(data["user"], k=3).ids.tolist()
+    expected = np.mean([movie in movies for movie, movies in zip(data["movie"], lists, strict=True)])
+    assert history["val_recall_at_3"][-1] == pytest.approx(expected)
+    assert model.evaluate(FORMS[form](data), return_dict=True, verbose=0)["recall_at_3"] == pytest.approx(expected)
+    metrics = model.evaluate_queries(data["user"], [[movie] for movie in data["movie"]])
+    assert metrics["recall_at_3"] == pytest.approx(expected)
