@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "keras_rs_contrib"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports from its own level and from those above it in this list.
 LEVELS = [
-    {"_keras", "arguments", "columns", "names", "scores"},
+    {"_keras", "arguments", "columns", "interactions", "names", "scores"},
     {"distribution", "ids", "metrics", "vocabulary"},
     {"batches", "tables", "task", "negatives"},
     {"index"},
