@@ -1,4 +1,4 @@
-"""Interaction data: who used which item, when, and how it was rated. Splits and filters rows.
+"""Interaction data: who used which item, when, and how it was rated. Splits rows, collects histories.
 
 All functions take and return pandas DataFrames or NumPy arrays, and need neither Keras nor a device.
 """
@@ -14,10 +14,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from keras_rs_contrib.interactions.filters import k_core, rated_at_least
+from keras_rs_contrib.interactions.histories import histories, last_items
 from keras_rs_contrib.interactions.splits import leave_last_out, random_split, split_by_time
 
 __all__ = [
+    "histories",
     "k_core",
+    "last_items",
     "leave_last_out",
     "random_split",
     "rated_at_least",
