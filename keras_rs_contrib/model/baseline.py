@@ -13,6 +13,7 @@ from keras_rs_contrib import columns
 from keras_rs_contrib.batches import PaddedBatches
 from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.inputs import ModelInputs
+from keras_rs_contrib.model.training_data import ids_of
 
 
 def check_seen(seen: Any, inputs: ModelInputs) -> tuple[Any, Any] | None:
@@ -88,7 +89,7 @@ def popularity_metrics(model: Any, batches: PaddedBatches, steps: int | None) ->
         steps: the number of batches to read, or `None` for all.
     """
     inputs = model.model_inputs
-    popularity, names = inputs.training_data.popularity(inputs.retrieval), inputs.names
+    popularity, names = inputs.training_data.popularity(inputs.retrieval, ids_of(inputs.retrieval)), inputs.names
     if popularity is None or batches.is_exhausted:
         return {}
     metrics = [type(metric).from_config(metric.get_config()) for metric in model.corpus_metrics]

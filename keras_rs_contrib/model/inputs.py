@@ -16,7 +16,7 @@ from keras_rs_contrib.model import feature_checks
 from keras_rs_contrib.model.feature_checks import AllowedIds
 from keras_rs_contrib.model.feature_names import LEFT_OUT, POPULAR_RANKS, FeatureNames, flat, is_missing
 from keras_rs_contrib.model.lookups import TowerLookups
-from keras_rs_contrib.model.training_data import TrainingData
+from keras_rs_contrib.model.training_data import TrainingData, ids_of
 from keras_rs_contrib.model.vocabularies import Vocabularies
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 
@@ -30,12 +30,14 @@ class Purpose:
         collects: whether the model learns from them what queries have seen, and how often candidates occur.
         leaves_out_seen: whether candidates that a query has seen are left out of its list.
         ranks: whether candidates are ranked in the lists of their queries.
+        index_ids: with `ranks`, the ids of the index, which cannot be read within `fit`.
     """
 
     queries_only: bool = False
     collects: bool = False
     leaves_out_seen: bool = False
     ranks: bool = False
+    index_ids: np.ndarray[Any, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +175,16 @@ class ModelInputs:
             x, y, sample_weight = self.to_arrays(x, y, sample_weight, purpose.queries_only)
             if not self.vocabularies.are_rows:
                 return self.of_rows.batches(x, y, sample_weight, purpose, **how)
-        # A copy identifies what reads the batches.
-        prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), dataclasses.replace(purpose))
+        purpose = self._with_index_ids(purpose)
+        prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), purpose)
         result = batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
         result.prepare_unchecked = self._encode
         return result
+
+    def _with_index_ids(self, purpose: Purpose) -> Purpose:
+        """Returns a copy with the ids of the index, if they are needed. It identifies what reads the batches."""
+        needs_ids = purpose.ranks and bool(self.vocabularies.by_feature)
+        return dataclasses.replace(purpose, index_ids=ids_of(self.retrieval) if needs_ids else None)
 
     def _encode(self, number: int, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
         """Returns a batch whose names are rows, without checks."""
@@ -195,6 +202,7 @@ class ModelInputs:
     ) -> tuple[Any, Any, Any]:
         """Returns one batch, checked and padded. The arguments are those of `batches` and `Purpose`."""
         purpose = Purpose(queries_only=queries_only, leaves_out_seen=leaves_out_seen, ranks=ranks)
+        purpose = self._with_index_ids(purpose)
         x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), purpose, 0, x, y, sample_weight)
         size = batches.batch_length((x, y, sample_weight))
         return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
@@ -245,7 +253,7 @@ class ModelInputs:
                 left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
             x = {**x, LEFT_OUT: left_out}
         unknown = self.vocabularies.are_unknown(x, self.names.of_query)
-        popularity = known.popularity(self.retrieval)
+        popularity = known.popularity(self.retrieval, purpose.index_ids)
         if unknown is not None and popularity is not None:
             ranks = popularity.ranks(candidate_ids, exclude_ids=self.names.exclude_ids(x))[:, 0]
             x = {**x, POPULAR_RANKS: np.where(unknown, ranks, NO_CANDIDATE).astype("int32")}

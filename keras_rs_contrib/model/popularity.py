@@ -42,13 +42,11 @@ class Popularity:
         Args:
             index_ids: the ids of the index, by row.
             exclude_ids: those that it never returns.
-            ids: sorted ids of candidates in the training data.
+            ids: sorted ids of candidates in the training data, at least one.
             counts: their numbers of rows. Candidates without a number have 0.
         """
-        places = np.minimum(np.searchsorted(ids, index_ids), max(len(ids) - 1, 0))
-        own_counts = (
-            np.where(ids[places] == index_ids, counts[places], 0) if len(ids) else np.zeros(len(index_ids), int)
-        )
+        places = np.minimum(np.searchsorted(ids, index_ids), len(ids) - 1)
+        own_counts = np.where(ids[places] == index_ids, counts[places], 0)
         order = np.argsort(-own_counts, kind="stable")
         order = order[~np.isin(index_ids[order], exclude_ids)]
         order_of_rows = np.full(len(index_ids), len(order))

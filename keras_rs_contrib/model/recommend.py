@@ -28,6 +28,7 @@ from keras_rs_contrib.model.queries import (
 )
 from keras_rs_contrib.model.towers import embeddings_of
 from keras_rs_contrib.model.trainer import PaddedModel
+from keras_rs_contrib.model.training_data import ids_of
 from keras_rs_contrib.scores import pairwise_scores
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 from keras_rs_contrib.vocabulary import UNKNOWN_ROW
@@ -149,7 +150,7 @@ class RecommendingModel(PaddedModel):
 
     def _fill_with_popular(self, ids: Any, scores: Any, unknown: Any, queries: CheckedQueries) -> None:
         """Puts the most popular candidates into the rows of unknown queries."""
-        popularity = self.model_inputs.training_data.popularity(self._index())
+        popularity = self.model_inputs.training_data.popularity(self._index(), ids_of(self._index()))
         if popularity is None:
             row = int(np.flatnonzero(unknown)[0])
             raise ValueError(
@@ -211,7 +212,7 @@ class RecommendingModel(PaddedModel):
                 "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
                 f"{row}. Leave unknown candidates out."
             )
-        popularity = self.model_inputs.training_data.popularity(index)
+        popularity = self.model_inputs.training_data.popularity(index, ids_of(index))
         if by_popularity and popularity is None:
             raise ValueError(
                 "`by_popularity` needs the number of rows of each candidate in the training data. Received: a model "
