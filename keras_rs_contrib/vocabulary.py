@@ -33,6 +33,10 @@ MAX_GAPS = 16
 _FILE = "names.json.gz"
 
 
+class _NotHashableError(TypeError):
+    """Names are lists, or something else that a dict cannot look up."""
+
+
 @keras.saving.register_keras_serializable(package="keras_rs_contrib")
 class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
     """Maps names to the rows of a table, and back. Row 0 stands for all unknown names.
@@ -125,7 +129,7 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
             raise ValueError(f"`unknown` must be 'row' or 'error'. Received: {unknown!r}. Pass one of them.")
         if padded:
             return self._encode_padded(names, unknown)
-        rows_of_names = self._known_rows()
+        self._known_rows()
         integers = self._encode_integers(names)
         if integers is not None and (unknown == "row" or integers.all()):
             return integers
@@ -134,15 +138,14 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
             if (codes >= 0).all():
                 rows_of_different = self.encode(np.asarray(different, object), unknown=unknown)
                 return np.asarray(rows_of_different[codes])
+        strings = self._encode_strings(names, unknown)
+        if strings is not None:
+            return strings
         flat, shape = flat_names(names)
         if not isinstance(self._names[1], str):
             # In a dict, 1.0 and True are equal to 1.
             check_names(flat)
-        rows = np.array(list(map(rows_of_names.get, flat, itertools.repeat(UNKNOWN_ROW))), "int32")
-        if not rows.all():
-            # The slow checks are for the names that were not found.
-            self._check_unknown([flat[place] for place in np.flatnonzero(rows == UNKNOWN_ROW)], unknown)
-        return rows.reshape(shape)
+        return self._rows_of(flat, unknown).reshape(shape)
 
     def decode(self, rows: Any) -> np.ndarray[Any, Any]:
         """Returns the names of rows.
@@ -245,6 +248,33 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         inside = (integers >= least) & (integers < least + len(table))
         result: np.ndarray[Any, Any] = np.where(inside, table[np.where(inside, integers - least, 0)], 0)
         return result
+
+    def _encode_strings(self, names: Any, unknown: str) -> np.ndarray[Any, Any] | None:
+        """Returns the rows of an array or a list of strings, or `None` if it may be something else."""
+        is_array = isinstance(names, np.ndarray) and names.dtype.kind == "O"
+        if not isinstance(self._names[1], str) or not (is_array or isinstance(names, list)):
+            return None
+        try:
+            rows = self._rows_of(names.ravel().tolist() if is_array else names, unknown)
+        except _NotHashableError:
+            return None
+        return rows.reshape(names.shape) if is_array else rows
+
+    def _rows_of(self, names: list[Any], unknown: str) -> np.ndarray[Any, Any]:
+        """Returns the rows of a flat list of names. The slow conversions and checks are for those not found."""
+        find = self._known_rows().get
+        try:
+            rows = np.fromiter(map(find, names, itertools.repeat(UNKNOWN_ROW)), "int32", len(names))
+        except TypeError as error:
+            raise _NotHashableError from error
+        places = np.flatnonzero(rows == UNKNOWN_ROW)
+        if places.size:
+            others = [as_name(names[place]) for place in places]
+            rows[places] = [find(name, UNKNOWN_ROW) for name in others]
+            others = [name for name, row in zip(others, rows[places], strict=True) if row == UNKNOWN_ROW]
+            if others:
+                self._check_unknown(others, unknown)
+        return rows
 
     def _encode_padded(self, names: Any, unknown: str) -> np.ndarray[Any, Any]:
         """Returns the rows of names with padding."""
