@@ -18,6 +18,8 @@ DATASETS = ("100k-ratings", "100k-movies")
 
 NUM_USERS, NUM_MOVIES, NUM_RATINGS = 943, 1682, 100_000
 NUM_TASTES = 8
+# The times of synthetic ratings: seven months from September 1997 on, as in MovieLens.
+FIRST_TIMESTAMP, SECONDS = 874_724_710, 18_562_000
 
 
 class MovieLensUnavailableError(Exception):
@@ -33,6 +35,7 @@ class Ratings:
         user_ids: `[num_ratings]` int32, from 1.
         movie_ids: `[num_ratings]` int32, from 1.
         ratings: `[num_ratings]` float32, 1 to 5 stars scaled to 0..1.
+        timestamps: `[num_ratings]` int64, the time of each rating in seconds since 1970.
         titles: the title of each movie id. Id 0 is unused.
         user_tastes: `[num_users + 1]` ints, the planted taste of each user id in synthetic data, or `None`.
         movie_tastes: `[num_movies + 1]` ints, the planted taste of each movie id in synthetic data, or `None`.
@@ -42,6 +45,7 @@ class Ratings:
     user_ids: np.ndarray
     movie_ids: np.ndarray
     ratings: np.ndarray
+    timestamps: np.ndarray
     titles: list[str]
     user_tastes: np.ndarray | None = None
     movie_tastes: np.ndarray | None = None
@@ -58,9 +62,8 @@ class Ratings:
 
     def select(self, rows: np.ndarray) -> "Ratings":
         """Returns the ratings in `rows`."""
-        return dataclasses.replace(
-            self, user_ids=self.user_ids[rows], movie_ids=self.movie_ids[rows], ratings=self.ratings[rows]
-        )
+        columns = ("user_ids", "movie_ids", "ratings", "timestamps")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
 
 def load(dataset: str, data_dir: str | None = None, seed: int = 0) -> Ratings:
@@ -123,7 +126,7 @@ def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
         (serialized,) = records.batch(builder.info.splits["train"].num_examples)
         return {name: values.numpy() for name, values in tf.io.parse_example(serialized, features).items()}
 
-    ratings = read(builders[0], user_id=tf.string, movie_id=tf.string, user_rating=tf.float32)
+    ratings = read(builders[0], user_id=tf.string, movie_id=tf.string, user_rating=tf.float32, timestamp=tf.int64)
     movies = read(builders[1], movie_id=tf.string, movie_title=tf.string)
     movie_ids = movies["movie_id"].astype(np.int32)
     titles = [""] * (movie_ids.max() + 1)
@@ -134,6 +137,7 @@ def _read(place: pathlib.Path, prepared: list[pathlib.Path | None]) -> Ratings:
         user_ids=ratings["user_id"].astype(np.int32),
         movie_ids=ratings["movie_id"].astype(np.int32),
         ratings=(ratings["user_rating"] - 1.0) / 4.0,
+        timestamps=ratings["timestamp"],
         titles=titles,
     )
 
@@ -168,6 +172,7 @@ def synthetic(seed: int = 0) -> Ratings:
         user_ids=(users + 1).astype(np.int32),
         movie_ids=(movies + 1).astype(np.int32),
         ratings=((np.clip(np.rint(stars), 1, 5) - 1.0) / 4.0).astype(np.float32),
+        timestamps=FIRST_TIMESTAMP + generator.integers(SECONDS, size=NUM_RATINGS),
         titles=["", *(f"Film {i} (taste {movie_tastes[i]})" for i in range(1, NUM_MOVIES + 1))],
         user_tastes=user_tastes,
         movie_tastes=movie_tastes,

@@ -16,6 +16,7 @@ from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
 from keras_rs_contrib.model.callbacks import EvaluateQueries, RefreshCandidates
+from keras_rs_contrib.model.history_tower import HistoryTower
 from keras_rs_contrib.model.recommend import Recommendations
 from keras_rs_contrib.model.two_tower_model import TwoTowerModel
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
@@ -32,6 +33,7 @@ __all__ = [
     "CrossBatchMemory",
     "DistributedTwoTowerTask",
     "EvaluateQueries",
+    "HistoryTower",
     "LazyAdam",
     "MeanReciprocalRank",
     "MixedNegatives",
