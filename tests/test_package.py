@@ -64,7 +64,7 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, "HistoryTower"])
 def test_the_examples_of_the_docstrings_run(name):
     (example,) = python_blocks(getattr(keras_rs_contrib, name).__doc__.split("Example:")[1])
     exec(example, {"keras": keras, "keras_rs": keras_rs, "np": np, **vars(keras_rs_contrib)})

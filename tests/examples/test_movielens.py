@@ -25,6 +25,9 @@ def test_synthetic_data_have_the_shape_of_movielens():
     assert (ratings.user_ids.min(), ratings.movie_ids.min()) == (1, 1)
     assert np.bincount(ratings.user_ids)[1:].min() >= 20
     assert set(np.unique(ratings.ratings)) == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert (ratings.timestamps.shape, ratings.timestamps.dtype) == ((100_000,), np.int64)
+    # From September 1997 to April 1998.
+    assert (ratings.timestamps.min() // 86_400, ratings.timestamps.max() // 86_400) == (10_124, 10_338)
     popularity = np.sort(np.bincount(ratings.movie_ids, minlength=1683)[1:])[::-1]
     assert popularity[:168].sum() > 0.35 * 100_000
     assert popularity[841:].sum() < 0.25 * 100_000
@@ -40,6 +43,7 @@ def test_synthetic_data_have_planted_tastes():
 def test_synthetic_data_are_determined_by_the_seed():
     first, again, other = movielens.synthetic(3), movielens.synthetic(3), movielens.synthetic(4)
     np.testing.assert_array_equal(first.movie_ids, again.movie_ids)
+    np.testing.assert_array_equal(first.timestamps, again.timestamps)
     np.testing.assert_array_equal(first.ratings, again.ratings)
     assert not np.array_equal(first.movie_ids, other.movie_ids)
 
@@ -50,6 +54,8 @@ def test_the_split_is_a_partition_determined_by_the_seed():
     assert (len(train.ratings), len(validation.ratings)) == (80_000, 20_000)
     pairs = [r.user_ids.astype("int64") * 10_000 + r.movie_ids for r in (train, validation, ratings)]
     np.testing.assert_array_equal(np.sort(np.concatenate(pairs[:2])), np.sort(pairs[2]))
+    times = np.concatenate([train.timestamps, validation.timestamps])[np.argsort(np.concatenate(pairs[:2]))]
+    np.testing.assert_array_equal(times, ratings.timestamps[np.argsort(pairs[2])])
     np.testing.assert_array_equal(movielens.split(ratings, 1)[0].movie_ids, train.movie_ids)
     assert not np.array_equal(movielens.split(ratings, 2)[0].movie_ids, train.movie_ids)
 
@@ -102,3 +108,6 @@ def test_movielens_is_read_completely():
     np.testing.assert_allclose(ratings.ratings.mean() * 4 + 1, 3.52986, atol=1e-5)
     assert ratings.titles[50] == "Star Wars (1977)"
     assert np.bincount(ratings.movie_ids)[50] == 583
+    assert (ratings.timestamps.min(), ratings.timestamps.max()) == (874_724_710, 893_286_638)
+    first_row = (ratings.user_ids == 196) & (ratings.movie_ids == 242)
+    assert ratings.timestamps[first_row].tolist() == [881_250_949]
