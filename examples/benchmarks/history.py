@@ -90,10 +90,10 @@ SETTINGS = {
     "user ids": Settings(),
     "mean": Settings("mean"),
     "mean + row": Settings("mean", has_row=True),
-    "GRU": Settings("gru", epochs=6),
-    "GRU + row": Settings("gru", has_row=True, epochs=6),
-    "attention": Settings("attention", dropout=0.2),
-    "attention + row": Settings("attention", has_row=True, dropout=0.2),
+    "GRU": Settings("gru", epochs=5),
+    "GRU + row": Settings("gru", has_row=True, epochs=5),
+    "attention": Settings("attention", dropout=0.2, epochs=6),
+    "attention + row": Settings("attention", has_row=True, dropout=0.2, epochs=6),
 }
 # Changes that `--tune` makes to the settings of a method, one at a time.
 CHANGES = {
@@ -272,9 +272,11 @@ def main(argv):
     for method in methods:
         if FLAGS.only and method not in FLAGS.only:
             continue
-        changes = CHANGES.get(method, ({},)) if FLAGS.tune else ({},)
+        changes = ({},)
         if FLAGS.new_users and SETTINGS[method].has_row:
-            changes = (*changes, {"query_dropout": 0.2}, {"query_dropout": 0.5})
+            changes = ({}, {"query_dropout": 0.2}, {"query_dropout": 0.5})
+        elif FLAGS.tune:
+            changes = CHANGES.get(method, changes)
         for change in changes:
             settings = dataclasses.replace(SETTINGS[method], **change)
             name = ", ".join([method, *(f"{field}={value}" for field, value in change.items())])

@@ -269,6 +269,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_a_layer_of_ones_own_encodes(name, tmp_path):
     model = make_model(OWN[name](), "plain")
@@ -395,12 +396,13 @@ def test_ids_without_a_row_are_refused_in_histories(encoder):
         np.testing.assert_array_equal(after, before)
 
 
+@pytest.mark.slow
 def test_ids_are_checked_in_batches_of_every_length():
     model = make_model("attention", mask_zero=True)
-    for length in (4, 0, 9, 1, 0, 4):
+    for length in (4, 0, 9, 1, 4):
         data = data_of(8, max(length, 1))
         data["history"] = data["history"][:, :length]
-        model.fit(data, verbose=0)
+        model.recommend(data_without_movie(data))
         if length:
             data["history"][3, -1] = ROWS
             with pytest.raises(ValueError, match=rf"'history'.*Received: {ROWS} for row 3"):
@@ -515,6 +517,7 @@ def test_both_tables_may_be_row_sparse():
     assert (int(candidates.iterations), int(users.iterations)) == (10, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_mixed_precision_computes_in_bfloat16_and_keeps_ids(encoder):
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -523,8 +526,8 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_ids(encoder):
     tower = HistoryTower(table, "history", encoder=encoder)
     model = TwoTowerModel(tower, table, "history", "movie")
     model.compile("adam")
-    history = np.arange(0, 300, 3)[:, None] + np.arange(3)
-    model.fit({"history": history, "movie": np.arange(100)}, verbose=0)
+    history = np.arange(200, 296, 3)[:, None] + np.arange(3)
+    model.fit({"history": history, "movie": np.arange(32)}, verbose=0)
     outputs = tower(history)
     assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
     assert all(variable.dtype == "float32" for variable in tower.trainable_variables)
@@ -542,6 +545,7 @@ def test_a_functional_model_may_hold_the_tower():
         assert model.predict(histories(4, length), verbose=0).shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_a_new_user_is_served_from_the_history():
     model = make_model("mean", mask_zero=True, optimizer=keras.optimizers.Adam(0.05))
     rng = np.random.default_rng(0)
