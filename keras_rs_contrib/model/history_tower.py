@@ -39,8 +39,9 @@ class HistoryTower(keras.layers.Layer):  # type: ignore[misc]
             least one step is not masked. Masked steps are zeros.
         query_table: an embedding whose rows are users, or `None` for histories alone.
         query_feature: name of the feature with its ids, `[batch]` or `[batch, 1]` ints.
-        query_dropout: in [0, 1), the probability that a row of `query_table` is left out in training, so that histories
-            alone also give good embeddings.
+        query_dropout: in [0, 1), the probability that a row of `query_table` is left out in training, so that a history
+            alone also gives a good embedding, as it does for a new user. Rows that stay are divided by
+            `1 - query_dropout`.
         mask_zero: whether id 0 means unknown: it is padding in a history, and a query with id 0 has no row. Row 0 of a
             `Vocabulary` is such an id.
         max_length: positive int, the largest number of ids that count.
@@ -128,7 +129,7 @@ class HistoryTower(keras.layers.Layer):  # type: ignore[misc]
                 table.build()
         if self.encoder.built:
             return
-        shape = input_shape[self.history_feature] if isinstance(input_shape, dict) else input_shape
+        shape = self._history_shape(input_shape)
         length = None if shape[-1] is None else min(max(shape[-1], 1), self.max_length)
         # A call also builds the layers that a layer of one's own builds in its first call.
         embeddings = keras.KerasTensor((None, length, self.candidate_table.output_dim), self.compute_dtype)
@@ -143,7 +144,7 @@ class HistoryTower(keras.layers.Layer):  # type: ignore[misc]
 
         Raises:
             TypeError: if histories are not integers.
-            ValueError: if a feature is missing, or histories do not have two axes.
+            ValueError: if a feature is missing, or has the wrong number of axes.
         """
         history, query_ids = self._features(inputs)
         history, is_item = self._most_recent(history)
@@ -191,6 +192,11 @@ class HistoryTower(keras.layers.Layer):  # type: ignore[misc]
                 f"padded with -1. Received: shape {tuple(history.shape)}. For one query, pass a list in a list."
             )
         query_ids = None if self.query_feature is None else flat(ops.convert_to_tensor(inputs[self.query_feature]))
+        if query_ids is not None and len(query_ids.shape) != 1:
+            raise ValueError(
+                f"The feature {self.query_feature!r} must hold one id for each query, `[batch]` or `[batch, 1]`. "
+                f"Received: shape {tuple(query_ids.shape)}. Pass ids of candidates as the history."
+            )
         return ops.cast(history, "int32"), query_ids
 
     def _most_recent(self, history: Any) -> tuple[Any, Any]:
@@ -229,8 +235,11 @@ class HistoryTower(keras.layers.Layer):  # type: ignore[misc]
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Returns `(batch, embedding_dim)`."""
-        shape = input_shape[self.history_feature] if isinstance(input_shape, dict) else input_shape
-        return (shape[0], self.candidate_table.output_dim)
+        return (self._history_shape(input_shape)[0], self.candidate_table.output_dim)
+
+    def _history_shape(self, input_shape: Any) -> Any:
+        # The error about a missing feature is that of `call`.
+        return input_shape.get(self.history_feature, (None, None)) if isinstance(input_shape, dict) else input_shape
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor, serialized."""

@@ -337,9 +337,13 @@ def test_inputs_are_checked():
         tower(np.ones(3, "int32"))
     with pytest.raises(ValueError, match=r"\['history'\]. Received: \['films'\], without 'history'"):
         tower({"films": np.ones((2, 3), "int32")})
+    with pytest.raises(ValueError, match="without 'history'"):
+        HistoryTower(table_of(), "history")({"films": np.ones((2, 3), "int32")})
     with_rows = tower_of("mean", query_table=table_of(num_rows=USERS), query_feature="user")
     with pytest.raises(ValueError, match=r"takes a dict with the features \['history', 'user'\]"):
         with_rows(np.ones((2, 3), "int32"))
+    with pytest.raises(ValueError, match=r"'user' must hold one id for each query.*Received: shape \(2, 2\)"):
+        with_rows({"history": np.ones((2, 3), "int32"), "user": np.ones((2, 2), "int32")})
 
 
 # In a model.
