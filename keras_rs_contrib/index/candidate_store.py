@@ -204,6 +204,18 @@ class CandidateStore(Staleness):
         self._embed_corpus(candidates, candidate_ids, verbose)
         self._keep(candidates)
 
+    def take_corpus(self, other: CandidateStore) -> None:
+        """Copies the candidates of another index over a feature tower, and whether they are stale."""
+        if other.candidate_embeddings is None:
+            return
+        is_stale, known = other.is_stale, ops.convert_to_numpy(other.tower_checksum)
+        ids = None if other.candidate_ids is None else ops.convert_to_numpy(other.candidate_ids)
+        self._assign_corpus(np.asarray(other.candidate_embeddings)[: other.num_candidates], ids)
+        self._note_tower()
+        if is_stale or not known.any():
+            self.tower_checksum.assign(known)  # type: ignore[union-attr]
+        self._keep(other._candidates)
+
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns which weights the index has."""
         table = self.candidate_embeddings
@@ -251,7 +263,7 @@ class CandidateStore(Staleness):
             unpadded = self._unpadded(store) if variable is self._refreshed_embeddings else store
             variable.assign(unpadded[str(number)])
         if self.candidate_ids is not None:
-            self._assign_ids(ops.convert_to_numpy(self.candidate_ids))
+            self.assign_ids(ops.convert_to_numpy(self.candidate_ids))
 
     def _own_variables(self) -> list[keras.Variable]:
         checksum = [] if self._refreshed_embeddings is None else [self.tower_checksum]
@@ -316,7 +328,7 @@ class CandidateStore(Staleness):
         # Everything that can fail comes before the first assignment.
         embeddings = pad_rows(embeddings, padded_rows(num_candidates, self._row_multiple()))
         if candidate_ids is not None:
-            self._assign_ids(candidate_ids)
+            self.assign_ids(candidate_ids)
         _replace(table, embeddings)
         self._num_refreshed = num_candidates
 
@@ -346,9 +358,10 @@ class CandidateStore(Staleness):
             shape=(2, num_candidates), initializer="zeros", dtype="int32", trainable=False, name="id_lookup"
         )
         if candidate_ids is not None:
-            self._assign_ids(candidate_ids)
+            self.assign_ids(candidate_ids)
 
-    def _assign_ids(self, candidate_ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    def assign_ids(self, candidate_ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Assigns `[num_candidates]` ids, which have been checked."""
         order = np.argsort(candidate_ids)
         _replace(self.candidate_ids, candidate_ids)
         _replace(self.id_lookup, np.stack([candidate_ids[order], order.astype("int32")]))

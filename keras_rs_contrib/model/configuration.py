@@ -230,11 +230,11 @@ def index_of_tower(
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
     if vocabulary is not None and not _keras.is_loading():
-        _fit_to_vocabulary(retrieval, vocabulary)
+        fit_to_vocabulary(retrieval, vocabulary)
     return retrieval
 
 
-def _fit_to_vocabulary(index: ShardedBruteForceRetrieval, vocabulary: Vocabulary) -> None:
+def fit_to_vocabulary(index: ShardedBruteForceRetrieval, vocabulary: Vocabulary) -> None:
     """Excludes row 0 from an index of rows, or raises `ValueError` if the index has ids that are not names."""
     if index.candidate_ids is None:
         if index.num_candidates not in (None, len(vocabulary)):
@@ -246,6 +246,9 @@ def _fit_to_vocabulary(index: ShardedBruteForceRetrieval, vocabulary: Vocabulary
         index.exclude_ids = sorted({UNKNOWN_ROW, *index.exclude_ids})
         return
     ids = ops.convert_to_numpy(index.candidate_ids)
+    if not ids.any():
+        # The index comes from a config. Its ids follow with its weights.
+        return
     wrong = ids[(ids <= UNKNOWN_ROW) | (ids >= len(vocabulary))]
     if wrong.size:
         raise ValueError(

@@ -78,11 +78,13 @@ class MarkedTable:
         name: its name, for errors.
         num_rows: the number of its rows, without padding.
         variables: the positions of the variables of its layer.
+        layer: the layer.
     """
 
     name: str
     num_rows: int
     variables: frozenset[int]
+    layer: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +96,14 @@ class Lookup:
         table: the name of the table, for errors.
         num_rows: the number of its rows, without padding.
         slot: where the ids are in the `Program`, or `None` if the lookup is in a loop within it.
+        layer: the embedding that looks up the table, or `None` if it is not an embedding.
     """
 
     ids: Origin
     table: str
     num_rows: int
     slot: int | None
+    layer: Any = None
 
 
 @dataclasses.dataclass
@@ -173,7 +177,7 @@ class Program:
             of_operands = [known[slot] for slot in operands]
             if eqn.primitive.name == "name" and eqn.params["name"] in marked:
                 table = marked[eqn.params["name"]]
-                lookups.append(Lookup(of_operands[0], table.name, table.num_rows, operands[0]))
+                lookups.append(Lookup(of_operands[0], table.name, table.num_rows, operands[0], table.layer))
             elif (
                 (axis := _axis_of_lookup(eqn)) is not None
                 and not of_operands[0].features

@@ -72,6 +72,17 @@ class TowerLookups:
             shapes = {name: jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for name, x in used.items()}
             self._known[number] = TracedTower(tower, names, shapes)
 
+    def traced(self, number: int, features: dict[str, Any]) -> TracedTower | None:
+        """Returns a tower, traced, or `None` if it is not built, or features are missing.
+
+        Args:
+            number: the position of the tower.
+            features: as in `trace`.
+        """
+        if all(name in features for name in names_in(self._towers[number][1])):
+            self.trace(number, features)
+        return self._known.get(number)
+
 
 class TracedTower:
     """A tower whose lookups are known.
@@ -84,6 +95,7 @@ class TracedTower:
     Attributes:
         allowed: the ids that features may have, for features that reach a table unchanged: pairs of a name and
             `AllowedIds`.
+        lookups: the lookups whose ids depend on features.
 
     Raises:
         ValueError: if the tower rounds ids.
@@ -95,6 +107,7 @@ class TracedTower:
         self._tower = tower
         self._names = names
         _, lookups = self._trace(features)
+        self.lookups = lookups
         integers = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.integer)}
         smallest: dict[str, AllowedIds] = {}
         # The largest integer that a feature may have, if the tower computes with it as a float.
@@ -221,7 +234,7 @@ def marking_ids(tower: keras.layers.Layer, marked: dict[str, MarkedTable]) -> It
             return call(checkpoint_name(inputs, mark) if isinstance(inputs, jax.Array) else inputs, *args, **kwargs)
 
         variables = frozenset(numbers[id(variable)] for variable in embedding.variables if id(variable) in numbers)
-        marked[mark] = MarkedTable(embedding.name, embedding.input_dim, variables)
+        marked[mark] = MarkedTable(embedding.name, embedding.input_dim, variables, embedding)
         return call_and_mark
 
     embeddings = [layer for layer in _keras.sublayers(tower) if is_table(layer)]

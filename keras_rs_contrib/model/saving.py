@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 
+from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import num_replicas
+from keras_rs_contrib.model.extending import extended
 from keras_rs_contrib.model.recommend import RecommendingModel
 from keras_rs_contrib.model.training_data import ARRAYS
 
@@ -87,6 +89,58 @@ class SavedModel(RecommendingModel):
             name: keras.KerasTensor((size, *shapes[name][1:]), dtypes[name]) for name in dtypes if name in shapes
         }
         self.compute_output_spec(tensors)
+
+    @explains_keywords
+    def extend(self, new: dict[str, Any], *, candidates: Any = None, candidate_ids: Any = None) -> Self:
+        """Returns a larger copy of the model, for users and items that are new since training.
+
+        This model does not change. All that it has learned is copied to the last bit: rows, the state of the optimizer,
+        sampling probabilities, what is known of the training data. Old rows keep their numbers, and new ones follow.
+        They begin as those of a new model: rows with values of the table's initializer, their optimizer slots as in a
+        new optimizer, their sampling probability with 0. Training goes on with `fit`.
+
+        The tables that grow are those that a tower looks up by the feature as it is, in a `keras.layers.Embedding`, a
+        `ShardedEmbedding` or a `RowSparseEmbedding`. Hashed ids do not grow their table. The larger model is created
+        from the config of this one, under the distribution in force, which may be another than before.
+
+        The index of an embedding grows with it. So does that of a tower whose only feature is the candidate id. That of
+        another tower needs the catalogue, in `candidates`, if there are new candidates; otherwise, it stays as it is.
+
+        Args:
+            new: dict by the names of features. For a feature with a vocabulary, its new names, as a list, a Series or
+                an array; names that are known and duplicates are ignored. Other features that share the vocabulary
+                grow too. For a feature without one, the new number of rows, an int. An empty dict copies the model.
+            candidates: as in `ShardedBruteForceRetrieval.refresh`, the features of the whole catalogue, old and new,
+                with names where features have a vocabulary. `None` for the previous ones.
+            candidate_ids: `[num_candidates]` ids, as in `ShardedBruteForceRetrieval.refresh`, or names. Old rows of an
+                embedding keep their ids, which come first.
+
+        Returns:
+            A model of the same type, compiled like this one.
+
+        Raises:
+            TypeError: if `new` is not a dict, or a value is of the wrong type.
+            ValueError: if the model has no such feature, there would be fewer rows than before, no table is found,
+                candidates are missing or do not fit, or the config of a layer or of `compile` does not describe it.
+
+        Example:
+        ```python
+        users, movies = Vocabulary(["ann", "bob"]), Vocabulary(["Alien", "Heat", "Up"])
+        model = TwoTowerModel(
+            keras.layers.Embedding(len(users), 8),
+            keras.layers.Embedding(len(movies), 8),
+            query_features="user",
+            candidate_features="movie",
+            vocabularies={"user": users, "movie": movies},
+        )
+        model.compile("adam")
+        model.fit({"user": ["ann", "bob"], "movie": ["Heat", "Up"]}, verbose=0)
+        model = model.extend({"user": ["eve"], "movie": ["Brazil"]})
+        model.fit({"user": ["eve"], "movie": ["Brazil"]}, verbose=0)
+        ```
+        """
+        larger: Self = extended(self, new, candidates, candidate_ids)
+        return larger
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the model's own weights, and refreshes the index first if possible."""

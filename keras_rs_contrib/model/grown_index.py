@@ -1,0 +1,130 @@
+"""The index of a larger copy of a model: its candidates, and their ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_rs_contrib import columns
+from keras_rs_contrib.columns import names_in
+from keras_rs_contrib.ids import check_corpus_ids
+from keras_rs_contrib.model.configuration import fit_to_vocabulary
+from keras_rs_contrib.model.growth import Growth
+
+
+def copy_index(model: Any, larger: Any, growth: Growth, candidates: Any, candidate_ids: Any) -> None:
+    """Copies the candidates of an index, or takes new ones.
+
+    Args:
+        model: the model.
+        larger: the larger one, whose towers have their weights.
+        growth: what has grown.
+        candidates: as in `TwoTowerModel.extend`.
+        candidate_ids: as in `TwoTowerModel.extend`.
+
+    Raises:
+        ValueError: if candidates or ids are missing, or do not fit.
+    """
+    old, index = model.retrieval, larger.retrieval
+    if old is None:
+        if candidates is not None or candidate_ids is not None:
+            raise ValueError(
+                "Only an index takes candidates. Received: `candidates` or `candidate_ids` for a model without one. "
+                "Drop them."
+            )
+        return
+    if candidate_ids is not None:
+        candidate_ids = _encoded_ids(larger, candidate_ids)
+    if old.is_tied:
+        _copy_ids(old, index, candidates, candidate_ids)
+    else:
+        index.take_corpus(old)
+        if candidates is None and larger.candidate_id in growth.sizes:
+            if candidate_ids is not None:
+                raise ValueError(
+                    "Ids are those of candidates. Received: `candidate_ids` without `candidates`. Pass both."
+                )
+            candidates, candidate_ids = _all_candidates(model, growth)
+        elif candidates is not None:
+            candidates = _encoded(larger, candidates)
+        if candidates is not None or candidate_ids is not None:
+            index.refresh(candidates, candidate_ids)
+    vocabulary = larger.model_inputs.vocabularies.of_candidates
+    if vocabulary is not None:
+        before = list(index.exclude_ids)
+        fit_to_vocabulary(index, vocabulary)
+        index.exclude_ids = before
+
+
+def _copy_ids(old: Any, index: Any, candidates: Any, candidate_ids: Any) -> None:
+    """Gives the index of an embedding its ids, if the old one has some."""
+    if candidates is not None:
+        raise ValueError(
+            "The index of an embedding is its whole table and takes no `candidates`. Received: new ones. Drop them."
+        )
+    if old.candidate_ids is None:
+        if candidate_ids is not None:
+            raise ValueError(
+                "An index without ids returns row numbers and continues to do so. Received: `candidate_ids`. Drop them."
+            )
+        return
+    before = ops.convert_to_numpy(old.candidate_ids)
+    if candidate_ids is None:
+        if old.num_candidates != index.num_candidates:
+            raise ValueError(
+                "An index with ids needs the ids of all rows if its table grows. Received: candidate_ids=None for "
+                f"{index.num_candidates} rows. Pass the old ids, and then the new ones."
+            )
+        candidate_ids = before
+    ids = check_corpus_ids(candidate_ids, index.num_candidates, [])
+    assert ids is not None
+    changed = np.flatnonzero(ids[: len(before)] != before)
+    if changed.size:
+        raise ValueError(
+            "Old rows keep their ids. Received: the id "
+            f"{ids[changed[0]]} for row {changed[0]}, whose id is {before[changed[0]]}. Pass the old ids, and then the "
+            "new ones."
+        )
+    index.assign_ids(ids)
+
+
+def _all_candidates(model: Any, growth: Growth) -> tuple[Any, Any]:
+    """Returns the old and new candidates of a tower of ids alone, and their ids.
+
+    Raises:
+        ValueError: if the tower has other features.
+    """
+    index, name = model.retrieval, model.candidate_id
+    before, after = growth.sizes[name]
+    ids = np.arange(index.num_candidates) if index.candidate_ids is None else ops.convert_to_numpy(index.candidate_ids)
+    is_known = index.num_candidates is not None and names_in(model.candidate_features) == [name]
+    if not is_known or (index.candidate_ids is None and len(ids) != before):
+        raise ValueError(
+            "The index of a feature tower needs the features of the whole catalogue if there are new candidates. "
+            f"Received: a larger {name!r} and candidates=None. Pass `candidates`, and `candidate_ids` if it has ids."
+        )
+    ids = np.concatenate([ids, np.arange(before, after)]).astype("int32")
+    shape, _ = model._seen_features.get(name, ((), ""))
+    return {name: ids.reshape(-1, *shape)}, None if index.candidate_ids is None else ids
+
+
+def _encoded(larger: Any, candidates: Any) -> Any:
+    """Returns candidates whose names are rows, as arrays."""
+    candidates, features = columns.as_dict(candidates), larger.candidate_features
+    vocabularies = larger.model_inputs.vocabularies
+    used = [name for name in dict.fromkeys([*names_in(features), larger.candidate_id]) if name is not None]
+    if not isinstance(candidates, dict):
+        if not isinstance(features, str):
+            return candidates
+        return columns.as_array(vocabularies.encode({features: candidates}, used)[features], "`candidates`")
+    encoded = vocabularies.encode(candidates, used)
+    if vocabularies.of_candidates is not None and larger.candidate_id in candidates:
+        encoded[larger.candidate_id] = _encoded_ids(larger, candidates[larger.candidate_id])
+    return columns.arrays_of(encoded, used)
+
+
+def _encoded_ids(larger: Any, candidate_ids: Any) -> Any:
+    vocabulary = larger.model_inputs.vocabularies.of_candidates
+    return candidate_ids if vocabulary is None else vocabulary.encode(candidate_ids, unknown="error")
