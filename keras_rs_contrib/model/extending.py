@@ -55,7 +55,8 @@ def _larger(model: Any, growth: Growth) -> tuple[Any, Pairs]:
     larger, pairs = _model_of(model, config)
     wanted = {number: num_rows for number, (_, num_rows) in growth.tables.items()}
     for number, (table, num_rows) in growth.tables.items():
-        if _num_rows(pairs)[number] == num_rows:
+        now = _num_rows(pairs)
+        if now[number] == num_rows:
             continue
         # A layer around the table creates it, for a number of rows in its own config.
         for place in _places_of(config, table.input_dim):
@@ -63,10 +64,11 @@ def _larger(model: Any, growth: Growth) -> tuple[Any, Pairs]:
             _set(changed, place, num_rows)
             try:
                 candidate, its_pairs = _model_of(model, changed)
-            except ValueError:
+            except Exception:
+                # It was another number.
                 continue
-            others = {**_num_rows(pairs), number: num_rows}
-            if _num_rows(its_pairs) == others:
+            then = _num_rows(its_pairs)
+            if then[number] == num_rows and all(then[each] in (now[each], wanted.get(each)) for each in now):
                 config, larger, pairs = changed, candidate, its_pairs
                 break
     for old, new in pairs:
@@ -152,7 +154,9 @@ def _num_rows(pairs: Pairs) -> dict[int, int]:
     return {id(old): new.input_dim for old, new in pairs if isinstance(old, keras.layers.Embedding)}
 
 
-def _places_of(config: Any, number: int, place: tuple[Any, ...] = (), is_own: bool = False) -> Iterator[tuple[Any, ...]]:
+def _places_of(
+    config: Any, number: int, place: tuple[Any, ...] = (), is_own: bool = False
+) -> Iterator[tuple[Any, ...]]:
     """Yields where a number occurs in the configs of layers that are not Keras's.
 
     Args:
@@ -202,9 +206,7 @@ def _copy_settings(pairs: Pairs) -> None:
 def _copy_weights(pairs: Pairs, growth: Growth) -> dict[int, int]:
     """Copies the weights of all layers but the index, and returns how many rows of grown weights are old, by `id`."""
     num_kept = {}
-    for old_layer, new_layer in pairs:
-        if isinstance(old_layer, ShardedBruteForceRetrieval):
-            continue
+    for old_layer, new_layer in _without_index(pairs):
         for old, new in _own_variables(old_layer, new_layer):
             if isinstance(old_layer, StreamingSamplingProbability) and old.shape != new.shape:
                 # Not the placeholders of fixed counts.
@@ -223,6 +225,11 @@ def _copy_weights(pairs: Pairs, growth: Growth) -> dict[int, int]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
     return num_kept
+
+
+def _without_index(pairs: Pairs) -> Pairs:
+    """Returns the layers whose weights are not of candidates, of which there may be more or others."""
+    return [(old, new) for old, new in pairs if not isinstance(old, ShardedBruteForceRetrieval)]
 
 
 def _own_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> list[tuple[keras.Variable, keras.Variable]]:
@@ -281,11 +288,10 @@ def _compile(model: Any, larger: Any, pairs: Pairs, num_kept: dict[int, int]) ->
         ) from error
     if not model.optimizer.built:
         return
-    copies = {id(old): new for pair in pairs for old, new in _own_variables(*pair)}
-    expected = [copies[id(variable)] for variable in model.trainable_variables]
+    copies = {id(old): id(new) for pair in _without_index(pairs) for old, new in _own_variables(*pair)}
     old_slots, slots = model.optimizer.variables, larger.optimizer.variables
     trained = larger.trainable_variables
-    is_same = list(map(id, expected)) == list(map(id, trained))
+    is_same = [copies[id(each)] for each in model.trainable_variables] == [id(each) for each in trained]
     if not is_same or len(old_slots) != len(slots):
         raise ValueError(
             "The optimizer must be built for the weights that are trainable now. Received: "

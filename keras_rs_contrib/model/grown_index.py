@@ -98,16 +98,16 @@ def _all_candidates(model: Any, growth: Growth) -> tuple[Any, Any]:
     """
     index, name = model.retrieval, model.candidate_id
     before, after = growth.sizes[name]
-    ids = np.arange(index.num_candidates) if index.candidate_ids is None else ops.convert_to_numpy(index.candidate_ids)
-    is_known = index.num_candidates is not None and names_in(model.candidate_features) == [name]
-    if not is_known or (index.candidate_ids is None and len(ids) != before):
+    has_ids = index.candidate_ids is not None
+    if names_in(model.candidate_features) != [name] or (not has_ids and index.num_candidates != before):
         raise ValueError(
             "The index of a feature tower needs the features of the whole catalogue if there are new candidates. "
             f"Received: a larger {name!r} and candidates=None. Pass `candidates`, and `candidate_ids` if it has ids."
         )
+    ids = ops.convert_to_numpy(index.candidate_ids) if has_ids else np.arange(before)
     ids = np.concatenate([ids, np.arange(before, after)]).astype("int32")
     shape, _ = model._seen_features.get(name, ((), ""))
-    return {name: ids.reshape(-1, *shape)}, None if index.candidate_ids is None else ids
+    return {name: ids.reshape(-1, *shape)}, ids if has_ids else None
 
 
 def _encoded(larger: Any, candidates: Any) -> Any:

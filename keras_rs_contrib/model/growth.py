@@ -130,7 +130,7 @@ def _num_rows(model: Any, name: str, after: Any, tables: list[keras.layers.Embed
             f"A feature grows if a table has a row for each of its values. Received: {name!r}, whose values are not "
             "the rows of any table. Leave it out."
         )
-    before = min(sizes)
+    before = int(min(sizes))
     if after < before:
         raise ValueError(
             f"A feature cannot have fewer rows than before. Received: {after} for {name!r}, which has {before}. "
