@@ -17,9 +17,10 @@ from keras_rs_contrib.model.growth import Growth, growth_of
 from keras_rs_contrib.model.shared_layers import copy_of_config
 from keras_rs_contrib.model.vocabularies import config_of_vocabularies
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+from keras_rs_contrib.tables.layout import axis_of_rows, check_rows_divide
 from keras_rs_contrib.tables.row_sparse_embedding import RowSparseEmbedding
 from keras_rs_contrib.tables.row_variable import RowSparseVariable
-from keras_rs_contrib.tables.sharded_embedding import TABLES
+from keras_rs_contrib.tables.sharded_embedding import TABLES, ShardedEmbedding
 
 Pairs = list[tuple[keras.layers.Layer, keras.layers.Layer]]
 # The name of an optimizer's moving average of a weight, after that of the weight.
@@ -29,12 +30,8 @@ AVERAGE = "average"
 def extended(model: Any, new: Any, candidates: Any = None, candidate_ids: Any = None) -> Any:
     """Returns a larger copy of a model, which does not change: see `TwoTowerModel.extend`."""
     growth = growth_of(model, new)
-    for table, _ in growth.tables.values():
-        if getattr(table, "quantization_mode", None) is not None:
-            raise ValueError(
-                "A quantized table cannot grow: its rows are not trained. Received: "
-                f"{table.name!r}, quantized to {table.quantization_mode}. Extend the model before `quantize`."
-            )
+    for table, num_rows in growth.tables.values():
+        _check_can_grow(table, num_rows)
     larger, pairs = _larger(model, growth)
     _copy_settings(pairs)
     num_kept = _copy_weights(pairs, growth)
@@ -44,6 +41,18 @@ def extended(model: Any, new: Any, candidates: Any = None, candidate_ids: Any = 
     copy_index(model, larger, growth, candidates, candidate_ids)
     _compile(model, larger, pairs, num_kept)
     return larger
+
+
+def _check_can_grow(table: keras.layers.Embedding, num_rows: int) -> None:
+    """Raises `ValueError` if a table cannot have a number of rows on the mesh in force."""
+    if getattr(table, "quantization_mode", None) is not None:
+        raise ValueError(
+            "A quantized table cannot grow: its rows are not trained. Received: "
+            f"{table.name!r}, quantized to {table.quantization_mode}. Extend the model before `quantize`."
+        )
+    if table.built and not isinstance(table, ShardedEmbedding):
+        path = next(weight.path for weight in table.weights if weight.name == "embeddings")
+        check_rows_divide(num_rows, axis_of_rows(None, path), path)
 
 
 # The larger model, with its initial weights.

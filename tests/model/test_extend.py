@@ -105,14 +105,14 @@ def test_old_names_keep_their_rows_and_new_names_follow():
 
 
 def test_new_users_and_items_are_trained_and_recommended():
-    larger = trained_model().extend(NEW)
+    larger = trained_model(optimizer=keras.optimizers.Adam(0.05)).extend(NEW)
+    before = larger.evaluate(NEW_DATA, verbose=0, return_dict=True)["mean_reciprocal_rank"]
     fit(larger, pd.concat([DATA, NEW_DATA]), epochs=60)
-    answer = larger.recommend(["u12", "u13"], k=2)
-    assert set(answer.ids[0]) == {"film 9", "film 2"}
+    assert larger.evaluate(NEW_DATA, verbose=0, return_dict=True)["mean_reciprocal_rank"] > max(before, 0.6)
+    answer = larger.recommend(["u12", "u13"], k=4)
+    assert {"film 9", "film 2"} <= set(answer.ids[0])
     assert answer.ids[1, 0] == "film 10"
     assert not answer.are_popular.any()
-    metrics = larger.evaluate(NEW_DATA, verbose=0, return_dict=True)
-    assert metrics["recall_at_9"] == 1.0 if "recall_at_9" in metrics else True
 
 
 OPTIMIZERS = {
