@@ -172,8 +172,9 @@ class CandidateStore(Staleness):
 
         Args:
             candidates: the tower's inputs for the whole corpus, which may have grown or shrunk; `None` for the previous
-                ones. They are not saved with the index: pass them again after loading.
-            candidate_ids: `[num_candidates]` ints, the ids of `candidates`; `None` to keep the current ones.
+                ones. They are not saved with the index: pass them again after loading. Features with a vocabulary hold
+                names.
+            candidate_ids: `[num_candidates]` ints or names, the ids of `candidates`; `None` to keep the current ones.
                 `exclude_ids` that are no longer among them have no effect.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if the corpus is large.
 
@@ -189,12 +190,14 @@ class CandidateStore(Staleness):
                     f"new ones for an index tied to {self.candidate_tower.name!r}. Create a new index."
                 )
             return
-        candidates = self._candidates if candidates is None else corpus.as_arrays(candidates)
+        candidates = self._candidates if candidates is None else self._as_arrays(candidates)
         if candidates is None:
             raise ValueError(
                 "The index needs the tower's inputs for the whole corpus. Received: candidates=None, and none before: "
                 "inputs are not saved with the index. Pass them: `refresh(candidates)`."
             )
+        if candidate_ids is not None and self._id_feature in self._vocabularies:
+            candidate_ids = self._vocabularies[self._id_feature].encode(candidate_ids, unknown="error")
         if candidate_ids is None:
             candidate_ids = self._ids_among(candidates)
             if self.candidate_ids is None and np.array_equal(candidate_ids, np.arange(corpus.num_rows(candidates))):

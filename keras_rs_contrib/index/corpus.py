@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from keras import ops
 
 from keras_rs_contrib.columns import as_array, as_dict, is_frame, is_series, names_in, select
+from keras_rs_contrib.vocabulary import Vocabulary
 
 # Candidates that go through a feature tower at once: enough to keep it busy, with little memory.
 REFRESH_BLOCK_SIZE = 4096
@@ -47,18 +48,30 @@ def num_rows(candidates: Any) -> int:
     return lengths[0]
 
 
-def as_arrays(candidates: Any) -> Any:
-    """Returns a DataFrame as a dict of its columns of numbers, a Series as an array, and others unchanged."""
-    if is_series(candidates):
-        return as_array(candidates, "`candidates`")
-    if not is_frame(candidates):
-        return candidates
-    arrays = {}
-    for name, column in as_dict(candidates).items():
-        # No tower can use the others, such as titles.
-        with contextlib.suppress(ValueError):
-            arrays[name] = as_array(column, f"`candidates`, in the column {name!r},")
-    return arrays
+def as_arrays(candidates: Any, vocabularies: dict[str, Vocabulary], feature: Any = None) -> Any:
+    """Returns a DataFrame as a dict of its columns of numbers, a Series as an array, and others unchanged.
+
+    Args:
+        candidates: the inputs of a tower, in any form.
+        vocabularies: those of features that hold names, which become rows.
+        feature: the only feature of the tower, or `None` if it has several or is unknown. Then it has the only
+            vocabulary.
+    """
+    if is_frame(candidates) or (vocabularies and isinstance(candidates, dict)):
+        arrays = {}
+        for name, column in as_dict(candidates).items():
+            if name in vocabularies:
+                arrays[name] = vocabularies[name].encode(column)
+                continue
+            # No tower can use the others, such as titles.
+            with contextlib.suppress(ValueError):
+                arrays[name] = as_array(column, f"`candidates`, in the column {name!r},")
+        return arrays
+    if feature is None and len(vocabularies) == 1:
+        (feature,) = vocabularies
+    if feature in vocabularies and candidates is not None:
+        return vocabularies[feature].encode(candidates)
+    return as_array(candidates, "`candidates`") if is_series(candidates) else candidates
 
 
 def input_names(tower: keras.layers.Layer) -> list[str] | None:

@@ -25,6 +25,7 @@ from keras_rs_contrib.index.ranks import ranks
 from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, Search
 from keras_rs_contrib.scores import check_similarity, score_matrix
 from keras_rs_contrib.tables.layout import table_layout
+from keras_rs_contrib.vocabulary import Vocabulary
 
 # Up to this many excluded candidates are found with the others and dropped, which costs a longer top-k. More are
 # masked, which costs a pass over the scores.
@@ -52,6 +53,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         candidate_tower: as in `shard_candidates`, like all arguments up to `recall_target`.
         candidates: as in `shard_candidates`.
         candidate_ids: as in `shard_candidates`.
+        vocabularies: as in `shard_candidates`.
         exclude_ids: as in `shard_candidates`.
         similarity: as in `shard_candidates`.
         mesh_axis: as in `shard_candidates`.
@@ -81,6 +83,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         *,
         candidates: Any = None,
         candidate_ids: Any = None,
+        vocabularies: dict[str, Vocabulary] | None = None,
         exclude_ids: Iterable[int] = (),
         similarity: str = "dot",
         mesh_axis: str | None = None,
@@ -96,7 +99,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         _check_recall_target(recall_target)
         check_similarity(similarity)
         excluded = check_exclude_ids(exclude_ids)
-        candidates = as_arrays(candidates)
+        candidates = as_arrays(candidates, vocabularies or {})
         candidate_ids = check_candidates(candidate_tower, candidates, candidate_ids, excluded, k)
         # A mixed precision policy would copy the table at each call, rounded.
         kwargs.setdefault("dtype", "float32")
@@ -108,6 +111,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         self.block_size = block_size
         self.recall_target = recall_target
         self.supports_masking = True
+        self.take_vocabularies(vocabularies or {})
         self._hold(candidates, candidate_ids)
 
     # Search.

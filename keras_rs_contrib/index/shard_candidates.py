@@ -14,6 +14,7 @@ from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.tables.layout import axis_of_rows, check_mesh_axis, check_rows_divide
 from keras_rs_contrib.tables.sharded_embedding import ShardedEmbedding
+from keras_rs_contrib.vocabulary import Vocabulary
 
 
 @explains_keywords
@@ -23,6 +24,7 @@ def shard_candidates(
     *,
     candidates: Any = None,
     candidate_ids: Any = None,
+    vocabularies: dict[str, Vocabulary] | None = None,
     exclude_ids: Iterable[int] = (),
     similarity: str = "dot",
     mesh_axis: str | None = None,
@@ -45,6 +47,9 @@ def shard_candidates(
         candidates: the tower's inputs for the whole corpus: an array, or a nested structure of arrays with one row for
             each candidate. Required for a tower that is not an embedding, and an error for one that is.
         candidate_ids: `[num_candidates]` ints, what is returned for each candidate; by default its row number.
+        vocabularies: the `Vocabulary` of each feature of `candidates` that holds names, by the name of the feature. The
+            index takes the ids from the feature `candidate_id` of its `TwoTowerModel`, which also hands over its own
+            vocabularies.
         exclude_ids: ids of candidates that are never returned.
         similarity: `"dot"`, or `"cosine"` to L2-normalize both sides before scoring.
         mesh_axis: the axis of the mesh in force over which the rows of the index are split. `None` follows the table's
@@ -113,6 +118,7 @@ def shard_candidates(
         candidate_tower,
         candidates=candidates,
         candidate_ids=candidate_ids,
+        vocabularies=vocabularies,
         exclude_ids=exclude_ids,
         similarity=similarity,
         mesh_axis=mesh_axis,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 import weakref
 from typing import Any
@@ -13,6 +14,7 @@ from keras import ops
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.index import corpus
+from keras_rs_contrib.vocabulary import Vocabulary
 
 # A checksum that no tower has, up to chance.
 UNKNOWN_TOWER = (1, -1)
@@ -32,6 +34,8 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
     tower_checksum: keras.Variable | None = None
     is_refreshed_by_model = False
     _candidates: Any = None
+    # Those of features of the candidates that hold names.
+    _vocabularies: dict[str, Vocabulary] = types.MappingProxyType({})  # type: ignore[assignment]
     # The features of the tower, of which the candidates may have more, or `None` if they are unknown.
     _features: str | list[str] | None = None
     _tied = False
@@ -75,6 +79,15 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
             # The tower has received all of them.
             assert self.tower_checksum is not None
             self.tower_checksum.assign(UNKNOWN_TOWER)
+
+    def take_vocabularies(self, vocabularies: dict[str, Vocabulary]) -> None:
+        """Takes the vocabularies of features that hold names in the candidates of each later `refresh`."""
+        # Hidden from Keras's attribute tracking: they belong to the model.
+        object.__setattr__(self, "_vocabularies", dict(vocabularies))
+
+    def _as_arrays(self, candidates: Any) -> Any:
+        feature = self._features if isinstance(self._features, str) else None
+        return corpus.as_arrays(candidates, self._vocabularies, feature)
 
     def refresh_if_stale(self, verbose: int | str = "auto") -> None:
         """Refreshes an index over a feature tower if the tower's weights have changed since the last refresh.

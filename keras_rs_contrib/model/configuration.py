@@ -229,13 +229,14 @@ def index_of_tower(
             "The index must rank by the similarity of the task. Received: "
             f"similarity={retrieval.similarity!r} in the index and {similarity!r} in the task. Pass the same to both."
         )
-    if vocabulary is not None and not _keras.is_loading():
-        fit_to_vocabulary(retrieval, vocabulary)
     return retrieval
 
 
 def fit_to_vocabulary(index: ShardedBruteForceRetrieval, vocabulary: Vocabulary) -> None:
-    """Excludes row 0 from an index of rows, or raises `ValueError` if the index has ids that are not names."""
+    """Excludes row 0 from an index of rows, or raises `ValueError` if the index has ids that are not names.
+
+    The ids of an index over a feature tower must be known by now.
+    """
     if index.candidate_ids is None:
         if index.num_candidates not in (None, len(vocabulary)):
             raise ValueError(

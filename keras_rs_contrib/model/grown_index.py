@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import columns
 from keras_rs_contrib.columns import names_in
 from keras_rs_contrib.ids import check_corpus_ids
 from keras_rs_contrib.model.configuration import fit_to_vocabulary
@@ -35,9 +34,10 @@ def copy_index(model: Any, larger: Any, growth: Growth, candidates: Any, candida
                 "Drop them."
             )
         return
-    if candidate_ids is not None:
-        candidate_ids = _encoded_ids(larger, candidate_ids)
+    vocabulary = larger.model_inputs.vocabularies.of_candidates
     if old.is_tied:
+        if candidate_ids is not None and vocabulary is not None:
+            candidate_ids = vocabulary.encode(candidate_ids, unknown="error")
         _copy_ids(old, index, candidates, candidate_ids)
     else:
         index.take_corpus(old)
@@ -46,12 +46,12 @@ def copy_index(model: Any, larger: Any, growth: Growth, candidates: Any, candida
                 raise ValueError(
                     "Ids are those of candidates. Received: `candidate_ids` without `candidates`. Pass both."
                 )
+            # Rows, and not names.
+            index.take_vocabularies({})
             candidates, candidate_ids = _all_candidates(model, growth)
-        elif candidates is not None:
-            candidates = _encoded(larger, candidates)
         if candidates is not None or candidate_ids is not None:
             index.refresh(candidates, candidate_ids)
-    vocabulary = larger.model_inputs.vocabularies.of_candidates
+        index.take_vocabularies(larger.vocabularies)
     if vocabulary is not None:
         before = list(index.exclude_ids)
         fit_to_vocabulary(index, vocabulary)
@@ -108,23 +108,3 @@ def _all_candidates(model: Any, growth: Growth) -> tuple[Any, Any]:
     ids = np.concatenate([ids, np.arange(before, after)]).astype("int32")
     shape, _ = model._seen_features.get(name, ((), ""))
     return {name: ids.reshape(-1, *shape)}, ids if has_ids else None
-
-
-def _encoded(larger: Any, candidates: Any) -> Any:
-    """Returns candidates whose names are rows, as arrays."""
-    candidates, features = columns.as_dict(candidates), larger.candidate_features
-    vocabularies = larger.model_inputs.vocabularies
-    used = [name for name in dict.fromkeys([*names_in(features), larger.candidate_id]) if name is not None]
-    if not isinstance(candidates, dict):
-        if not isinstance(features, str):
-            return candidates
-        return columns.as_array(vocabularies.encode({features: candidates}, used)[features], "`candidates`")
-    encoded = vocabularies.encode(candidates, used)
-    if vocabularies.of_candidates is not None and larger.candidate_id in candidates:
-        encoded[larger.candidate_id] = _encoded_ids(larger, candidates[larger.candidate_id])
-    return columns.arrays_of(encoded, used)
-
-
-def _encoded_ids(larger: Any, candidate_ids: Any) -> Any:
-    vocabulary = larger.model_inputs.vocabularies.of_candidates
-    return candidate_ids if vocabulary is None else vocabulary.encode(candidate_ids, unknown="error")

@@ -22,6 +22,7 @@ from keras_rs_contrib.model.configuration import (
     default_sampling,
     default_task,
     feature_of_ids,
+    fit_to_vocabulary,
     index_of_tower,
     metrics_of_batch,
     metrics_of_corpus,
@@ -226,6 +227,9 @@ class TwoTowerModel(ModelWithObjective):
             self.retrieval.take_ids_from(self.candidate_id)
         if self.retrieval is not None:
             self.retrieval.take_features(self.candidate_features)
+            self.retrieval.take_vocabularies(self.vocabularies)
+            if of_candidates is not None and not _keras.is_loading():
+                fit_to_vocabulary(self.retrieval, of_candidates)
         self.label = label
         if isinstance(sampling_probability, str):
             has_default = task is None and label is None and mixed_negatives is None

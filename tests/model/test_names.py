@@ -332,12 +332,12 @@ def test_names_of_a_feature_tower_and_its_index(tmp_path):
         keras.layers.Embedding(len(genres), 4)(inputs["genre"])
         + keras.layers.Embedding(len(movies), 4)(inputs["movie"]),
     )
-    catalogue = {"genre": genres.encode(list(genre_of.values())), "movie": movies.encode(MOVIES)}
+    catalogue = pd.DataFrame({"genre": genre_of.values(), "movie": MOVIES, "title": "not used"})
     index = shard_candidates(
         keras_rs.layers.BruteForceRetrieval(k=3),
         tower,
         candidates=catalogue,
-        candidate_ids=catalogue["movie"],
+        vocabularies={"genre": genres, "movie": movies},
         similarity="cosine",
     )
     model = TwoTowerModel(
@@ -352,6 +352,12 @@ def test_names_of_a_feature_tower_and_its_index(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.recommend("u3", k=3).ids, ids)
+    # A part of the catalogue, in another order.
+    part = catalogue[::-2]
+    loaded.retrieval.refresh(part, part["movie"])
+    assert set(loaded.recommend("u3", k=5, exclude_seen=False).ids[0]) == set(part["movie"])
+    with pytest.raises(ValueError, match="Received: 'no such film'"):
+        loaded.retrieval.refresh(part[:3], ["film 0", "film 1", "no such film"])
 
 
 def test_features_of_candidate_ids_hold_names():
