@@ -169,7 +169,7 @@ def _lookups_of(model: Any, name: str) -> tuple[list[Lookup], bool]:
         if is_table(tower):
             result.append(Lookup(Origin(frozenset({name})), tower.name, tower.input_dim, None, tower))
             continue
-        traced = model._lookups.traced(number, seen)
+        traced = model.model_inputs.lookups.traced(number, seen)
         if traced is None:
             raise ValueError(
                 f"The tables of {name!r} are known once the model has seen its features. Received: a model that has "
