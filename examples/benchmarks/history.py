@@ -12,8 +12,8 @@ films that the user has not rated in training. The methods:
 - User ids: an embedding of the user.
 - Mean, GRU, attention: a `HistoryTower` on the films before the next one, without and with the user's own row.
 
-All towers share the film tower, the in-batch softmax with log-q correction, and the settings in `SETTINGS`. Those were
-chosen by `--tune`, which leaves out the last film of each user and holds out the one before it. `--new_users` leaves
+All towers share the film tower, the in-batch softmax with log-q correction, and the settings in `SETTINGS`, which were
+chosen without the last films: `--tune` leaves them out, and holds out the film before them. `--new_users` leaves
 out a fifth of the users in training, and recommends to them by history alone.
 
 Attention follows W.-C. Kang and J. McAuley, "Self-attentive sequential recommendation" (SASRec), ICDM 2018. Their
