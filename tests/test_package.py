@@ -47,6 +47,7 @@ PUBLIC = [
     "CrossBatchMemory",
     "DistributedTwoTowerTask",
     "EvaluateQueries",
+    "HistoryTower",
     "MeanReciprocalRank",
     "MixedNegatives",
     "NDCGAtK",
@@ -64,7 +65,7 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, "HistoryTower"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_the_examples_of_the_docstrings_run(name):
     (example,) = python_blocks(getattr(keras_rs_contrib, name).__doc__.split("Example:")[1])
     exec(example, {"keras": keras, "keras_rs": keras_rs, "np": np, **vars(keras_rs_contrib)})
