@@ -123,7 +123,7 @@ def report_popularity(
         print(_table(ours, theirs))
     better = {metric.name: metric.higher_is_better for metric in model.corpus_metrics}
     if all(theirs[name] > value if better[name] else theirs[name] < value for name, value in ours.items()):
-        name = "ndcg" if "ndcg" in ours else next(iter(ours))
+        name = next(iter(ours))
         warnings.warn(
             "The model ranks worse than the popularity of candidates in the training data. Received: "
             f"val_{name}={ours[name]:.4f}, and {theirs[name]:.4f} for popularity. Train longer, or leave `task` and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,9 @@ class Popularity:
             `[num_queries, n]` int32, 0 for the best; -1 for none, and `num_candidates` if it is not in the list.
         """
         target_ids = np.asarray(target_ids)
+        if include_ids is None and include_mask is None:
+            result = self._ranks_among_all(target_ids, exclude_ids)
+            return np.where(target_ids == NO_CANDIDATE, NO_CANDIDATE, result).astype("int32")
         result = np.empty(target_ids.shape, "int32")
         at_once = max(1, _BLOCK_SIZE // max(1, len(self.ids)))
         for start in range(0, len(target_ids), at_once):
@@ -115,9 +119,26 @@ class Popularity:
             result[rows] = np.where(is_in_list, before[query, places], self.num_candidates)
         return np.where(target_ids == NO_CANDIDATE, NO_CANDIDATE, result).astype("int32")
 
+    def _ranks_among_all(self, target_ids: np.ndarray[Any, Any], exclude_ids: Any) -> np.ndarray[Any, Any]:
+        """Returns the ranks in lists without what is excluded. The cost does not depend on the number of candidates."""
+        places, is_in_list = self._places(target_ids)
+        if exclude_ids is None:
+            return np.where(is_in_list, places, self.num_candidates)
+        # Each pair of a query and a place is one number, so that one sorted array has those of all queries.
+        starts = np.arange(len(target_ids))[:, None] * np.int64(len(self.ids))
+        left_out, is_known = self._places(exclude_ids)
+        left_out = np.unique((starts + left_out)[is_known])
+        first, end = np.searchsorted(left_out, starts), np.searchsorted(left_out, starts + places)
+        is_left_out = np.isin(starts + places, left_out)
+        return np.where(is_in_list & ~is_left_out, places - (end - first), self.num_candidates)
+
+    @functools.cached_property
+    def _sorter(self) -> np.ndarray[Any, Any]:
+        return np.argsort(self.ids)
+
     def _places(self, ids: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Returns the places of ids, 0 for those that are no candidates, and which are candidates."""
-        sorter = np.argsort(self.ids)
+        sorter = self._sorter
         found = sorter[np.minimum(np.searchsorted(self.ids, ids, sorter=sorter), len(sorter) - 1)]
         is_known = self.ids[found] == ids
         return np.where(is_known, found, 0), is_known
