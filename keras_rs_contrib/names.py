@@ -61,6 +61,9 @@ def padded_names(values: Any) -> np.ndarray[Any, Any]:
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         values = [values]
     rows = [_one_row(row) for row in values]
+    if any(row is not None for row in rows):
+        # A missing list is empty.
+        rows = [[] if is_missing_name(value) else row for value, row in zip(values, rows, strict=True)]
     if all(row is None for row in rows):
         return np.array([*map(as_name, values), None], object)[:-1]
     width = max(len(row) for row in rows if row is not None)
@@ -155,6 +158,11 @@ def check_different(names: list[Any]) -> None:
     if not names:
         raise ValueError(
             "A vocabulary must have a name. Received: none. Pass names, or a smaller `min_count` to `from_data`."
+        )
+    if isinstance(names[0], int) and NO_ROW in set(names):
+        raise ValueError(
+            f"A name must not be {NO_ROW}, which stands for no name in rows of ids. Received: it among {len(names)} "
+            "names. Give it another number."
         )
     if len(set(names)) < len(names):
         name, count = Counter(names).most_common(1)[0]

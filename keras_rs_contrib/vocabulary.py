@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 import keras
@@ -266,7 +267,11 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         try:
             rows = np.fromiter(map(find, names, itertools.repeat(UNKNOWN_ROW)), "int32", len(names))
         except TypeError as error:
-            raise _NotHashableError from error
+            wrong = next(name for name in names if not isinstance(name, Hashable))
+            raise _NotHashableError(
+                f"A name must be a string or an integer. Received: {wrong!r}. Pass a flat column of names, or rows of "
+                "names with padded=True."
+            ) from error
         places = np.flatnonzero(rows == UNKNOWN_ROW)
         if places.size:
             others = [as_name(names[place]) for place in places]

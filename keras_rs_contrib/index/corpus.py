@@ -74,6 +74,27 @@ def as_arrays(candidates: Any, vocabularies: dict[str, Vocabulary], feature: Any
     return as_array(candidates, "`candidates`") if is_series(candidates) else candidates
 
 
+def rows_of_names(candidate_ids: Any, vocabularies: dict[str, Vocabulary]) -> Any:
+    """Returns candidate ids that are names of one of the vocabularies as its rows, and others unchanged.
+
+    Raises:
+        ValueError: if no vocabulary has all names, or more than one has them.
+    """
+    if candidate_ids is None or not vocabularies:
+        return candidate_ids
+    different = {id(each): each for each in vocabularies.values()}.values()
+    found = []
+    for vocabulary in different:
+        with contextlib.suppress(TypeError, ValueError):
+            found.append(vocabulary.encode(candidate_ids, unknown="error"))
+    if len(found) != 1:
+        raise ValueError(
+            "`candidate_ids` must be names of one of the `vocabularies`. Received: names that "
+            f"{len(found)} of {len(different)} vocabularies have. Pass the feature with the ids among `candidates`."
+        )
+    return found[0]
+
+
 def input_names(tower: keras.layers.Layer) -> list[str] | None:
     """Returns the names of the inputs of a functional model that takes a dict, and `None` for other towers."""
     inputs = getattr(tower, "input", None) if isinstance(tower, keras.Model) and tower.built else None

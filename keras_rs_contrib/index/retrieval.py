@@ -17,7 +17,7 @@ from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments, check_exclude_ids, t
 from keras_rs_contrib.index import top_k
 from keras_rs_contrib.index.candidate_rows import check_known, excluded_rows, rows_of_ids, side_by_side
 from keras_rs_contrib.index.candidate_store import CandidateStore, check_candidates, check_k
-from keras_rs_contrib.index.corpus import as_arrays
+from keras_rs_contrib.index.corpus import as_arrays, rows_of_names
 from keras_rs_contrib.index.exchange import Exchange, on_mesh
 from keras_rs_contrib.index.inclusion import Inclusion, Rows, check_only_one, check_shape, inclusion
 from keras_rs_contrib.index.listed_candidates import ranks_of_listed, top_k_of_listed
@@ -100,6 +100,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         check_similarity(similarity)
         excluded = check_exclude_ids(exclude_ids)
         candidates = as_arrays(candidates, vocabularies or {})
+        candidate_ids = rows_of_names(candidate_ids, vocabularies or {})
         candidate_ids = check_candidates(candidate_tower, candidates, candidate_ids, excluded, k)
         # A mixed precision policy would copy the table at each call, rounded.
         kwargs.setdefault("dtype", "float32")

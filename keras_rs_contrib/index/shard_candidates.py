@@ -46,7 +46,8 @@ def shard_candidates(
             `[num_candidates, embedding_dim]`.
         candidates: the tower's inputs for the whole corpus: an array, or a nested structure of arrays with one row for
             each candidate. Required for a tower that is not an embedding, and an error for one that is.
-        candidate_ids: `[num_candidates]` ints, what is returned for each candidate; by default its row number.
+        candidate_ids: `[num_candidates]` ints, what is returned for each candidate; by default its row number. With
+            `vocabularies`, names of one of them.
         vocabularies: the `Vocabulary` of each feature of `candidates` that holds names, by the name of the feature. The
             index takes the ids from the feature `candidate_id` of its `TwoTowerModel`, which also hands over its own
             vocabularies.

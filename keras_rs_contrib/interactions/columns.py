@@ -114,6 +114,19 @@ def check_lengths(**columns: Any) -> None:
         )
 
 
+def check_same_rows(**columns: Any) -> None:
+    """Raises `ValueError` if Series have the same index in another order: their values are taken by position."""
+    series = {name: values for name, values in columns.items() if isinstance(values, pd.Series)}
+    first = next(iter(series), "")
+    for name, values in series.items():
+        index, other = values.index, series[first].index
+        if not index.equals(other) and index.sort_values().equals(other.sort_values()):
+            raise ValueError(
+                f"`{first}` and `{name}` must be columns of the same rows in the same order. Received: Series with "
+                "an index in different orders. Take them from one DataFrame, or pass arrays."
+            )
+
+
 def check_positive_int(value: Any, name: str) -> int:
     """Returns `value` as an int, or raises `ValueError` if it is not a positive integer."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:

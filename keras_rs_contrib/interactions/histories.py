@@ -34,6 +34,7 @@ def histories(users: Any, items: Any, times: Any, length: int, *, padding: Any =
         ValueError: if a value is missing, if columns have different lengths, or if an item equals `padding`.
     """
     length = columns.check_positive_int(length, "length")
+    columns.check_same_rows(users=users, items=items, times=times)
     codes, table = _items_of(items, padding)
     order, starts = _in_order(users, codes, times)
     codes = codes[order]
@@ -77,6 +78,7 @@ def last_items(users: Any, items: Any, times: Any, length: int, *, padding: Any 
         ValueError: if a value is missing, if columns have different lengths, or if an item equals `padding`.
     """
     length = columns.check_positive_int(length, "length")
+    columns.check_same_rows(users=users, items=items, times=times)
     codes, table = _items_of(items, padding)
     order, starts = _in_order(users, codes, times)
     _, names = columns.codes_of(users, "users")

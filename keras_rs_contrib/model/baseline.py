@@ -14,6 +14,7 @@ from keras_rs_contrib.batches import PaddedBatches
 from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.training_data import ids_of
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW
 
 
 def check_seen(seen: Any, inputs: ModelInputs) -> tuple[Any, Any] | None:
@@ -48,6 +49,12 @@ def check_seen(seen: Any, inputs: ModelInputs) -> tuple[Any, Any] | None:
     assert names.candidate_id is not None
     used = [names.query_id, names.candidate_id]
     names.check(seen, used)
+    for name in used:
+        if np.ndim(seen[name]) == 0:
+            raise ValueError(
+                f"The feature {name!r} of `seen` must have a row for each candidate that was seen. Received: "
+                f"{seen[name]!r}. Pass a list, such as [{seen[name]!r}]."
+            )
     arrays = columns.arrays_of(inputs.vocabularies.encode({name: seen[name] for name in used}, used), used)
     queries, candidates = (_checked_ids(name, flat(np.asarray(arrays[name]))) for name in used)
     if len(queries) != len(candidates):
@@ -55,10 +62,19 @@ def check_seen(seen: Any, inputs: ModelInputs) -> tuple[Any, Any] | None:
             "`seen` needs a candidate for each query. Received: "
             f"{len(queries)} queries and {len(candidates)} candidates. Cut them from the same rows."
         )
+    if names.query_id in inputs.vocabularies.by_feature:
+        # Queries that are not in the vocabulary have nothing in common.
+        is_known = queries > UNKNOWN_ROW
+        queries, candidates = queries[is_known], candidates[is_known]
     return queries, candidates
 
 
 def _checked_ids(name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if ids.ndim != 1:
+        raise ValueError(
+            f"The feature {name!r} of `seen` must be flat, one candidate in each row. Received: shape {ids.shape}. "
+            "Repeat the query for each of its candidates: `DataFrame.explode`."
+        )
     limits = np.iinfo("int32")
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < limits.min or ids.max() > limits.max):
         what = f"dtype {ids.dtype}" if ids.dtype.kind not in "iu" else f"values up to {ids.max()}"
@@ -121,9 +137,10 @@ def report_popularity(
         return
     if verbose:
         print(_table(ours, theirs))
-    better = {metric.name: metric.higher_is_better for metric in model.corpus_metrics}
-    if all(theirs[name] > value if better[name] else theirs[name] < value for name, value in ours.items()):
-        name = next(iter(ours))
+    signs = {metric.name: 1 if metric.higher_is_better else -1 for metric in model.corpus_metrics}
+    gains = {name: signs[name] * (value - theirs[name]) for name, value in ours.items()}
+    if max(gains.values()) <= 0 > min(gains.values()):
+        name = min(gains, key=gains.__getitem__)
         warnings.warn(
             "The model ranks worse than the popularity of candidates in the training data. Received: "
             f"val_{name}={ours[name]:.4f}, and {theirs[name]:.4f} for popularity. Train longer, or leave `task` and "

@@ -19,6 +19,7 @@ from keras_rs_contrib.model.lookups import TowerLookups
 from keras_rs_contrib.model.training_data import TrainingData, ids_of
 from keras_rs_contrib.model.vocabularies import Vocabularies
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ModelInputs:
         check: whether to look for bad values.
         vocabularies: the vocabularies of features that hold names.
         training_data: what is known of the training data.
+        least_positive: the least label of a positive, or `None` for labels above 0.
     """
 
     names: FeatureNames
@@ -63,6 +65,7 @@ class ModelInputs:
     check: bool
     vocabularies: Vocabularies
     training_data: TrainingData
+    least_positive: float | None = None
 
     @classmethod
     def of_model(cls, model: Any) -> ModelInputs:
@@ -94,10 +97,12 @@ class ModelInputs:
                 by_feature=dict(model.vocabularies),
                 candidate_id=model.candidate_id,
                 of_ids=tuple(name for name in (names.exclude, names.positives, names.negatives) if name is not None),
+                negatives=names.negatives,
                 unknown_candidates=model.unknown_candidates,
                 skipped=model._skipped,
             ),
             training_data=model._training_data,
+            least_positive=None if isinstance(model.corpus_positives, str) else model.corpus_positives,
         )
 
     @property
@@ -236,13 +241,34 @@ class ModelInputs:
             features = {name: x[name] for name in needed}
             self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
             self._check_optional(number, x)
-        return self._with_training_data(purpose, number, x, sample_weight), y, sample_weight
+        if purpose.collects and self.names.candidate_id is not None:
+            self._collect(number, x, y, sample_weight)
+        return self._with_training_data(purpose, x), y, sample_weight
 
-    def _with_training_data(self, purpose: Purpose, number: int, x: dict[str, Any], sample_weight: Any) -> Any:
-        """Returns a batch with the ids that its lists leave out, and notes what queries have seen."""
+    def _collect(self, number: int, x: dict[str, Any], y: Any, sample_weight: Any) -> None:
+        """Notes what queries have seen, and which candidates are positives."""
+        names, candidate_ids = self.names, x[str(self.names.candidate_id)]
+        is_present = np.ones(len(candidate_ids), bool) if sample_weight is None else np.asarray(sample_weight) != 0
+        is_positive = is_present
+        if names.positive_weight is not None:
+            is_positive = np.asarray(flat(np.asarray(x[names.positive_weight]))) > 0
+        elif names.label is not None:
+            labels = np.asarray(names.labels(x, y))
+            is_positive = labels > 0 if self.least_positive is None else labels >= self.least_positive
+        query_ids = None if names.query_id is None else x.get(names.query_id)
+        is_unknown = np.zeros(len(candidate_ids), bool)
+        if query_ids is not None and names.query_id in self.vocabularies.by_feature:
+            is_unknown = np.asarray(flat(np.asarray(query_ids))) <= UNKNOWN_ROW
+        self.training_data.add(number, query_ids, candidate_ids, is_present, is_positive, is_unknown)
+
+    def unknown_queries(self, features: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Returns which queries are not in their vocabulary, or had no row in training, as `are_unknown` does."""
+        trained = self.training_data.trained_queries
+        return self.vocabularies.are_unknown(features, self.names.of_query, self.names.query_id, trained)
+
+    def _with_training_data(self, purpose: Purpose, x: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch with the ids that its lists leave out, and ranks by popularity for unknown queries."""
         query_id, candidate_id, known = self.names.query_id, self.names.candidate_id, self.training_data
-        if purpose.collects and candidate_id is not None:
-            known.add(number, None if query_id is None else x.get(query_id), x[candidate_id], sample_weight)
         if not purpose.ranks or candidate_id not in x:
             return x
         candidate_ids = np.reshape(x[candidate_id], (-1, 1))
@@ -252,7 +278,7 @@ class ModelInputs:
             if self.names.exclude in x:
                 left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
             x = {**x, LEFT_OUT: left_out}
-        unknown = self.vocabularies.are_unknown(x, self.names.of_query)
+        unknown = self.unknown_queries(x)
         popularity = known.popularity(self.retrieval, purpose.index_ids)
         if unknown is not None and popularity is not None:
             ranks = popularity.ranks(candidate_ids, exclude_ids=self.names.exclude_ids(x))[:, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.training_data import TrainingData
+from keras_rs_contrib.names import is_missing_name
 
 # Queries that are embedded and searched at once.
 QUERIES_AT_ONCE = 4096
@@ -94,7 +94,7 @@ def as_features(values: Any, names: list[str]) -> Any:
     return values if isinstance(values, dict) or len(names) > 1 else {names[0]: values}
 
 
-def with_batch_axis(features: Any, names: list[str], ranks: dict[str, int]) -> Any:
+def with_batch_axis(features: Any, names: Iterable[str], ranks: dict[str, int]) -> Any:
     """Returns features with a batch axis, which those of a single row may lack.
 
     Args:
@@ -105,7 +105,8 @@ def with_batch_axis(features: Any, names: list[str], ranks: dict[str, int]) -> A
     """
     if not isinstance(features, dict):
         return features
-    lacks_axis = {name: _rank(features[name]) <= ranks.get(name, 0) for name in names if name in features}
+    used = [name for name in dict.fromkeys(names) if name in features]
+    lacks_axis = {name: _rank(features[name]) <= ranks.get(name, 0) for name in used}
     if not any(lacks_axis.values()):
         return features
     features = dict(features)
@@ -122,7 +123,8 @@ def _rank(values: Any) -> int:
     shape = getattr(values, "shape", None)
     if shape is not None and (len(shape) != 1 or str(getattr(values, "dtype", "")) != "object"):
         return len(shape)
-    return 1 + max((_rank(value) for value in itertools.islice(values, 1)), default=0)
+    first = next((value for value in values if not is_missing_name(value)), None)
+    return 1 if first is None else 1 + _rank(first)
 
 
 def check_query_rows(ids: Any, name: str, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:

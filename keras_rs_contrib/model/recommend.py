@@ -29,6 +29,7 @@ from keras_rs_contrib.model.queries import (
 from keras_rs_contrib.model.towers import embeddings_of
 from keras_rs_contrib.model.trainer import PaddedModel
 from keras_rs_contrib.model.training_data import ids_of
+from keras_rs_contrib.model.vocabularies import Skipped
 from keras_rs_contrib.scores import pairwise_scores
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 from keras_rs_contrib.vocabulary import UNKNOWN_ROW
@@ -46,8 +47,8 @@ class Recommendations(_IdsAndScores):
         ids: `[num_queries, k]` int32 candidate ids, best first, padded with -1 if fewer than k candidates remain. If
             candidate ids have a vocabulary, an object array of names, padded with `None`.
         scores: `[num_queries, k]` float32 scores of `ids`, padded with -inf.
-        are_popular: `[num_queries]` bool, True for queries that are not in the vocabulary. They get the candidates with
-            the most rows in the training data, and these numbers as scores.
+        are_popular: `[num_queries]` bool, True for queries that are not in the vocabulary, or had no row in training.
+            They get the candidates with the most positives in the training data, and these numbers as scores.
     """
 
     are_popular: np.ndarray[Any, np.dtype[np.bool_]]
@@ -143,7 +144,7 @@ class RecommendingModel(PaddedModel):
         self.refresh_index()
         ids, scores = queries.search(find, verbose)
         vocabularies = self.model_inputs.vocabularies
-        unknown = vocabularies.are_unknown(queries.features, self.model_inputs.names.of_query)
+        unknown = self.model_inputs.unknown_queries(queries.features)
         if unknown is not None and unknown.any():
             self._fill_with_popular(ids, scores, unknown, queries)
         return Recommendations(vocabularies.decode_ids(ids), scores, unknown)
@@ -154,7 +155,7 @@ class RecommendingModel(PaddedModel):
         if popularity is None:
             row = int(np.flatnonzero(unknown)[0])
             raise ValueError(
-                "A query that is not in the vocabulary gets the most popular candidates of the training data. "
+                "A query that the model does not know gets the most popular candidates of the training data. "
                 f"Received: an unknown query in row {row}, of a model that was not trained by `fit`. "
                 "Leave it out, or train the model."
             )
@@ -224,7 +225,7 @@ class RecommendingModel(PaddedModel):
                 assert popularity is not None
                 return (popularity.ranks(positive_ids, **limits),)
             ranks = index.ranks(embed(features), positive_ids, **limits)
-            unknown = self.model_inputs.vocabularies.are_unknown(features, self.model_inputs.names.of_query)
+            unknown = self.model_inputs.unknown_queries(features)
             if popularity is None or unknown is None or not unknown.any():
                 return (ranks,)
             # Such a query gets the most popular candidates.
@@ -251,7 +252,8 @@ class RecommendingModel(PaddedModel):
         inputs = self.model_inputs
         names = FeatureNames(inputs.names.query, inputs.names.candidate, inputs.names.candidate_id)
         features = with_batch_axis(columns.as_dict(features), names.needed(False), self._ranks_of_features())
-        inputs = dataclasses.replace(inputs, names=names)
+        vocabularies = dataclasses.replace(inputs.vocabularies, unknown_candidates="skip", skipped=Skipped())
+        inputs = dataclasses.replace(inputs, names=names, vocabularies=vocabularies)
         batches, parts = inputs.batches(features, batch_size=QUERIES_AT_ONCE), []
         for x, _, sample_weight in batches:
             queries = self._embed_queries(x, False)
@@ -277,7 +279,8 @@ class RecommendingModel(PaddedModel):
     ) -> CheckedQueries:
         names, vocabularies = self.model_inputs.names, self.model_inputs.vocabularies
         features = as_features(columns.as_dict(features), names.of_query)
-        features = with_batch_axis(features, names.of_query, self._ranks_of_features())
+        axes = [*names.of_query, *([] if names.query_id is None else [names.query_id])]
+        features = with_batch_axis(features, axes, self._ranks_of_features())
         if isinstance(features, dict):
             if exclude_ids is None:
                 exclude_ids = names.exclude_ids(features)

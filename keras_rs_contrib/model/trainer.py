@@ -120,6 +120,7 @@ class PaddedModel(RecoveringModel):
         inputs = self.model_inputs
         seen_pairs = check_seen(seen, inputs)
         inputs.vocabularies.skipped.reset()
+        validation_inputs = inputs
         if isinstance(x, dict) or columns.is_frame(x):
             x, y, sample_weight = inputs.to_arrays(x, y, sample_weight)
             inputs = inputs.of_rows
@@ -132,6 +133,7 @@ class PaddedModel(RecoveringModel):
             (x, y, sample_weight), validation_data = batches.split_off_validation(
                 (x, y, sample_weight), validation_split
             )
+            validation_inputs = inputs
         shuffle = shuffle and not hasattr(x, "element_spec")
         x = inputs.batches(
             x,
@@ -146,7 +148,7 @@ class PaddedModel(RecoveringModel):
         if validation_data is not None:
             if self.model_inputs.retrieval is not None and self.ranks_in_evaluation:
                 self.model_inputs.retrieval.check_can_refresh()
-            validation_data = self.model_inputs.batches(
+            validation_data = validation_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
                 purpose=Purpose(leaves_out_seen=self.exclude_seen, ranks=self.ranks_in_evaluation),
                 batch_size=validation_batch_size or batch_size,

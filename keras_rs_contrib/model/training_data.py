@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,29 +11,52 @@ from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.popularity import Popularity
 
 # Names of the arrays in a file.
-ARRAYS = ("popular_ids", "popular_counts", "seen_queries", "seen_starts", "seen_ids")
+ARRAYS = ("popular_ids", "popular_counts", "seen_queries", "seen_starts", "seen_ids", "trained_queries")
 
-Pairs = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+Array = np.ndarray[Any, Any]
+
+
+class Batch(NamedTuple):
+    """What is kept of a batch.
+
+    Attributes:
+        trained_queries: the queries that are known.
+        seen: pairs of a query and a candidate, as numbers.
+        candidates: the candidates of positives.
+        num_rows: the number of rows.
+    """
+
+    trained_queries: Array
+    seen: Array
+    candidates: Array
+    num_rows: int
 
 
 class TrainingData:
     """Counts of candidates, and the candidates that each query has seen, collected while batches are read.
 
     A pass over the data may begin again, as Keras looks at the first batch before training. The longest pass counts.
-    Counts are those of the last training; what a query has seen is added to what was known before.
+    Later trainings add to what is known.
 
     Attributes:
         collects: whether batches are collected.
         collects_seen: whether the candidates of each query are collected too.
     """
 
+    _ids: Array
+    _counts: Array
+    _queries: Array
+    _starts: Array
+    _seen: Array
+    _trained: Array
+
     def __init__(self) -> None:
         self.collects = False
         self.collects_seen = False
-        self._ids = self._counts = np.empty(0, "int64")
-        self._queries, self._starts, self._seen = np.empty(0, "int64"), np.zeros(1, "int64"), np.empty(0, "int32")
-        self._longest: Pairs = []
-        self._current: Pairs = []
+        self.take_arrays({})
+        self._counts_before = self._ids, self._counts
+        self._longest: list[Batch] = []
+        self._current: list[Batch] = []
         self._is_settled = True
         self._popularity: tuple[Any, Any, list[int], Popularity | None] | None = None
 
@@ -44,27 +67,33 @@ class TrainingData:
             seen: whether to collect what each query has seen.
         """
         self.collects, self.collects_seen = True, seen
+        self._counts_before = self._ids, self._counts
         self._longest, self._current = [], []
 
-    def add(self, number: int, query_ids: Any, candidate_ids: Any, sample_weight: Any) -> None:
+    def add(
+        self, number: int, query_ids: Any, candidate_ids: Any, is_present: Any, is_positive: Any, is_unknown: Any
+    ) -> None:
         """Adds a batch, if batches are collected.
 
         Args:
             number: the number of the batch in its pass.
-            query_ids: `[batch]` ints, or `None` if only candidates are counted.
+            query_ids: `[batch]` ints, or `None` if the model does not tell queries apart.
             candidate_ids: `[batch]` ints.
-            sample_weight: `[batch]`; rows of weight 0 are left out. `None` for 1.
+            is_present: `[batch]` bool, the rows to add.
+            is_positive: `[batch]` bool, the rows whose candidates are counted.
+            is_unknown: `[batch]` bool, the rows whose query is not in the vocabulary.
         """
         if not self.collects:
             return
         if number == 0:
             self._longest, self._current = self._longest_pass(), []
-        candidates = _as_flat(candidate_ids)
-        queries = _as_flat(query_ids) if self.collects_seen else np.empty(0, "int64")
-        if sample_weight is not None:
-            is_present = np.asarray(sample_weight) != 0
-            candidates, queries = candidates[is_present], queries[is_present] if self.collects_seen else queries
-        self._current.append((queries, candidates))
+        candidates, seen, trained = _as_flat(candidate_ids), np.empty(0, "int64"), np.empty(0, "int64")
+        if query_ids is not None:
+            is_known = is_present & ~is_unknown
+            trained = np.unique(_as_flat(query_ids)[is_known])
+            if self.collects_seen:
+                seen = _as_pairs(_as_flat(query_ids), candidates)[is_known]
+        self._current.append(Batch(trained, seen, candidates[is_present & is_positive], len(candidates)))
         self._is_settled = False
 
     def end(self) -> None:
@@ -80,12 +109,20 @@ class TrainingData:
             query_ids: `[num_pairs]` ints.
             candidate_ids: `[num_pairs]` ints, the candidate of each pair.
         """
+        self._add_pairs(_as_pairs(_as_flat(query_ids), _as_flat(candidate_ids)))
+
+    def _add_pairs(self, new: Array) -> None:
         queries = np.repeat(self._queries, np.diff(self._starts))
-        new = _as_pairs(_as_flat(query_ids), _as_flat(candidate_ids))
         pairs = np.unique(np.concatenate([_as_pairs(queries, self._seen), new]))
         self._queries, counts = np.unique(pairs >> 32, return_counts=True)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._seen = (pairs & 0xFFFFFFFF).astype("uint32").view("int32")
+
+    @property
+    def trained_queries(self) -> Array:
+        """The sorted ids of queries that the model was trained on, or an empty array if they are unknown."""
+        self._settle()
+        return self._trained
 
     @property
     def has_seen(self) -> bool:
@@ -151,30 +188,39 @@ class TrainingData:
         self._popularity = (counts, index_ids, exclude_ids, popularity if popularity.ids.size else None)
         return self._popularity[-1]
 
-    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+    def to_arrays(self) -> dict[str, Array]:
         """Returns all that is known, for a file. Empty if nothing is."""
         self._settle()
-        values = (self._ids, self._counts, self._queries, self._starts, self._seen)
+        values = (self._ids, self._counts, self._queries, self._starts, self._seen, self._trained)
         return dict(zip(ARRAYS, values, strict=True)) if self._ids.size or self._seen.size else {}
 
-    def take_arrays(self, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Takes what `to_arrays` has returned."""
-        if arrays:
-            self._ids, self._counts, self._queries, self._starts, self._seen = (arrays[name] for name in ARRAYS)
+    def take_arrays(self, arrays: dict[str, Array]) -> None:
+        """Takes what `to_arrays` has returned, in place of what was known."""
+        nothing = np.empty(0, "int64")
+        empty = (nothing, nothing, nothing, np.zeros(1, "int64"), np.empty(0, "int32"), nothing)
+        values = [arrays.get(name, default) for name, default in zip(ARRAYS, empty, strict=True)]
+        self._ids, self._counts, self._queries, self._starts, self._seen, self._trained = values
 
-    def _longest_pass(self) -> Pairs:
-        return max(self._longest, self._current, key=lambda pairs: sum(len(candidates) for _, candidates in pairs))
+    def _longest_pass(self) -> list[Batch]:
+        return max(self._longest, self._current, key=lambda batches: sum(batch.num_rows for batch in batches))
 
     def _settle(self) -> None:
-        """Counts what has been collected."""
+        """Adds what has been collected."""
         if self._is_settled:
             return
         self._is_settled = True
-        pairs = self._longest_pass()
-        candidates = np.concatenate([candidates for _, candidates in pairs])
-        self._ids, self._counts = np.unique(candidates, return_counts=True)
+        batches = self._longest_pass()
+        if not batches:
+            return
+        trained, seen, candidates, _ = zip(*batches, strict=True)
+        ids, counts = self._counts_before
+        self._ids, places = np.unique(np.concatenate([ids, *candidates]), return_inverse=True)
+        # Exact: the sums are far below 2**53.
+        weights = np.concatenate([counts, *(np.ones(len(each)) for each in candidates)])
+        self._counts = np.bincount(places, weights, len(self._ids)).astype("int64")
+        self._trained = np.unique(np.concatenate([self._trained, *trained]))
         if self.collects_seen:
-            self.add_seen(np.concatenate([queries for queries, _ in pairs]), candidates)
+            self._add_pairs(np.concatenate(seen))
 
 
 def ids_of(index: Any) -> np.ndarray[Any, Any] | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.columns import as_dict, names_in
+from keras_rs_contrib.names import NO_ROW, is_missing_name
 from keras_rs_contrib.vocabulary import UNKNOWN_ROW, Vocabulary
 
 # What `unknown_candidates` of a model may be.
@@ -65,6 +66,7 @@ class Vocabularies:
         by_feature: the vocabulary of each feature that has one.
         candidate_id: the feature with the ids of candidates, or `None`.
         of_ids: the features with rows of candidate ids, which have the vocabulary of `candidate_id`.
+        negatives: the one of them whose candidates are negatives, or `None`.
         unknown_candidates: "error", or "skip" for a weight of 0 in place of an error.
         skipped: counts the rows that are skipped.
         are_rows: whether features hold rows already, in place of names.
@@ -73,6 +75,7 @@ class Vocabularies:
     by_feature: dict[str, Vocabulary]
     candidate_id: str | None
     of_ids: tuple[str, ...]
+    negatives: str | None = None
     unknown_candidates: str = "error"
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
     are_rows: bool = False
@@ -101,10 +104,25 @@ class Vocabularies:
             if name not in features:
                 continue
             if name in self.of_ids and self.of_candidates is not None:
-                features[name] = self.of_candidates.encode(features[name], padded=True)
+                features[name] = self._encode_ids_of(name, features[name])
             elif name in self.by_feature:
                 features[name] = _encode_feature(name, self.by_feature[name], features[name])
         return features
+
+    def _encode_ids_of(self, name: str, values: Any) -> np.ndarray[Any, Any]:
+        """Returns a feature of candidate ids as rows."""
+        assert self.of_candidates is not None
+        rows = self.of_candidates.encode(values, padded=True)
+        if name == self.negatives and (rows == UNKNOWN_ROW).any():
+            if self.unknown_candidates == "error":
+                place = int(np.argwhere(rows == UNKNOWN_ROW)[0][0])
+                raise ValueError(
+                    f"The feature {name!r} must hold names of the vocabulary of {self.candidate_id!r}. Received: an "
+                    f"unknown name in row {place}. Leave it out, or create the model with unknown_candidates='skip'."
+                )
+            # Row 0 would be trained.
+            rows[rows == UNKNOWN_ROW] = NO_ROW
+        return rows
 
     def check_candidates(
         self, names: Any, rows: np.ndarray[Any, Any], sample_weight: Any, number: int | None, reader: int
@@ -121,7 +139,7 @@ class Vocabularies:
         Raises:
             ValueError: if a candidate is unknown, and `unknown_candidates` is "error".
         """
-        is_unknown = rows.reshape(len(rows), -1)[:, 0] <= UNKNOWN_ROW
+        is_unknown = (rows if rows.ndim == 1 else rows[:, 0]) <= UNKNOWN_ROW
         unknown = np.flatnonzero(is_unknown)
         if self.unknown_candidates == "skip":
             self.skipped.add(number, reader, len(rows), unknown.size)
@@ -151,17 +169,26 @@ class Vocabularies:
         """Returns the names of candidate ids, or the ids if they have none."""
         return ids if self.of_candidates is None else self.of_candidates.decode(ids)
 
-    def are_unknown(self, features: dict[str, Any], names: Iterable[str]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+    def are_unknown(
+        self, features: dict[str, Any], names: Iterable[str], query_id: str | None = None, trained: Any = ()
+    ) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Returns which queries have no known name, `[num_queries]`, or `None` if no feature has a vocabulary.
 
         Args:
             features: arrays of rows, by name.
             names: the features of the query tower.
+            query_id: the feature that tells queries apart.
+            trained: sorted rows of `query_id` that are known, or nothing for all but row 0.
         """
-        known = [np.asarray(features[name]) > UNKNOWN_ROW for name in names if name in self.by_feature]
-        if not known:
-            return None
-        return np.asarray(~np.any([each.reshape(len(each), -1).any(axis=1) for each in known], axis=0))
+        known = []
+        for name in names:
+            if name in self.by_feature:
+                rows = np.asarray(features[name])
+                is_known = rows > UNKNOWN_ROW
+                if name == query_id and len(trained):
+                    is_known &= np.isin(rows, trained)
+                known.append(is_known.any(axis=tuple(range(1, is_known.ndim))))
+        return ~np.any(known, axis=0) if known else None
 
     def named(self, features: dict[str, Any]) -> dict[str, Any]:
         """Returns the values of one row, by feature, with names in place of rows."""
@@ -178,13 +205,14 @@ def _encode_feature(name: str, vocabulary: Vocabulary, values: Any) -> np.ndarra
             return vocabulary.encode(values, padded=True)
         return vocabulary.encode(values)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"The feature {name!r} must hold names of its vocabulary. {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"The feature {name!r} must hold names of its vocabulary. {error}") from error
 
 
 def _has_rows_of_names(values: Any) -> bool:
     if hasattr(values, "shape") and len(values.shape) != 1:
         return len(values.shape) > 1
-    first = values.iloc[0] if hasattr(values, "iloc") and len(values) else next(iter(values), None)
+    first = next((value for value in values if not is_missing_name(value)), None)
     return not isinstance(first, (str, bytes)) and hasattr(first, "__len__")
 
 

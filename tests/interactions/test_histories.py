@@ -174,3 +174,13 @@ def test_no_rows_have_no_histories():
 def test_invalid_arguments_raise(collect, changes, error, message):
     with pytest.raises(error, match=message):
         collect(**{"users": ["a", "b"], "items": [1, 2], "times": [1, 2], "length": 3, **changes})
+
+
+@pytest.mark.parametrize("function", [histories, last_items])
+def test_series_of_other_rows_raise(function):
+    frame = pd.DataFrame({"user": ["a", "a", "b"], "item": [1, 2, 3], "time": [1, 2, 3]})
+    with pytest.raises(ValueError, match="`users` and `items` must be columns of the same rows"):
+        function(frame["user"][::-1], frame["item"], frame["time"], 2)
+    with pytest.raises(ValueError, match="`users` and `times` must be columns of the same rows"):
+        function(frame["user"], frame["item"], frame["time"][::-1], 2)
+    assert len(function(frame["user"].to_numpy()[::-1], frame["item"], frame["time"], 2)) in (2, 3)

@@ -10,6 +10,7 @@ from conftest import data_parallel
 from keras_rs_contrib import (
     DistributedTwoTowerTask,
     EvaluateQueries,
+    HistoryTower,
     RecallAtK,
     TwoTowerModel,
     Vocabulary,
@@ -442,3 +443,123 @@ def test_unknown_queries_are_evaluated_by_popularity(form):
     assert model.evaluate(FORMS[form](data), return_dict=True, verbose=0)["recall_at_3"] == pytest.approx(expected)
     metrics = model.evaluate_queries(data["user"], [[movie] for movie in data["movie"]])
     assert metrics["recall_at_3"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("names", [[4, 1, 3, 2], [101, 102, 103, 104], ["a", "b", "c", "d"]])
+def test_the_part_for_validation_is_encoded_once(names):
+    columns = {
+        "user": np.array(names)[[0, 1, 2, 3, 0, 1, 1, 3]], "movie": np.array(names)[[3, 2, 1, 0, 1, 1, 0, 0]]
+    }  # fmt: skip
+    histories = []
+    for split in (True, False):
+        keras.utils.set_random_seed(0)
+        vocabulary = Vocabulary(names)
+        model = TwoTowerModel(
+            keras.layers.Embedding(5, 4),
+            keras.layers.Embedding(5, 4),
+            "user",
+            "movie",
+            vocabularies={"user": vocabulary, "movie": vocabulary},
+        )
+        model.compile("adam")
+        first, last = ({name: x[rows] for name, x in columns.items()} for rows in (slice(4), slice(4, 8)))
+        arguments = {"x": columns, "validation_split": 0.5} if split else {"x": first, "validation_data": last}
+        histories.append(model.fit(**arguments, shuffle=False, verbose=0).history)
+    for name, values in histories[0].items():
+        assert values == pytest.approx(histories[1][name])
+
+
+def test_unknown_queries_have_nothing_in_common():
+    """Rare users are unknown, and others must not lose what these have seen."""
+    users, movies = Vocabulary(["u1"]), Vocabulary(MOVIES)
+    model = TwoTowerModel(
+        keras.layers.Embedding(2, 4), keras.layers.Embedding(len(movies), 4), "user", "movie",
+        vocabularies={"user": users, "movie": movies},
+    )  # fmt: skip
+    model.compile("adam")
+    model.fit({"user": ["u1", "rare", "rarer"], "movie": MOVIES[:3]}, seen="training", verbose=0)
+    model.fit({"user": ["u1"], "movie": MOVIES[:1]}, seen={"user": ["new"], "movie": [MOVIES[3]]}, verbose=0)
+    assert model.recommend("new", k=9).ids[0].tolist() == MOVIES
+    assert set(model.recommend("u1", k=9).ids[0]) == {None, *MOVIES[1:]}
+
+
+def test_a_query_without_a_row_in_training_gets_the_most_popular_candidates(trained):
+    extended = trained.extend({"user": ["later"]})
+    assert extended.recommend(["later", "u3"], k=2).are_popular.tolist() == [True, False]
+    extended.fit({"user": ["later"], "movie": ["film 1"]}, verbose=0)
+    assert extended.recommend(["later", "u3"], k=2).are_popular.tolist() == [False, False]
+    # The counts of the first training stay.
+    counts = DATA["movie"].value_counts()
+    counts["film 1"] += 1
+    assert extended.recommend("nobody", k=1).scores[0, 0] == counts.max()
+
+
+@pytest.mark.parametrize("action", ["error", "skip"])
+def test_unknown_negatives_are_not_trained(action):
+    model = named_model(negative_feature="shown", unknown_candidates=action, task=DistributedTwoTowerTask())
+    model.compile("sgd")
+    model.build({"user": (None,), "movie": (None,)})
+    before = weights(model)[1][0]
+    data = {"user": ["u1", "u2"], "movie": ["film 1", "film 2"], "shown": [["no such film", "film 3"], ["film 4"]]}
+    if action == "error":
+        with pytest.raises(ValueError, match="The feature 'shown' must hold names of the vocabulary of 'movie'"):
+            model.fit(data, verbose=0)
+    else:
+        model.fit(data, verbose=0)
+    np.testing.assert_array_equal(weights(model)[1][0], before)
+
+
+def test_a_query_id_that_is_not_a_feature_of_the_tower_is_written_as_one_value():
+    movies = Vocabulary(MOVIES)
+    table = keras.layers.Embedding(len(movies), 4)
+    tower = HistoryTower(table, "history", mask_zero=True)
+    vocabularies = {"user": Vocabulary(["u1", "u2"]), "movie": movies, "history": movies}
+    model = TwoTowerModel(tower, table, "history", "movie", query_id="user", vocabularies=vocabularies)
+    model.compile("adam")
+    data = {"user": ["u1", "u2"], "movie": MOVIES[:2], "history": [MOVIES[2:4], MOVIES[4:5]]}
+    model.fit(data, seen="training", verbose=0)
+    expected = model.recommend({"user": ["u1"], "history": [MOVIES[5:7]]}, k=9).ids
+    answer = model.recommend({"user": "u1", "history": MOVIES[5:7]}, k=9)
+    assert answer.ids.tolist() == expected.tolist()
+    assert MOVIES[0] not in answer.ids
+    assert not answer.are_popular.any()
+    # One film, and a new user.
+    assert model.recommend({"user": "new", "history": MOVIES[5:6]}, k=9).are_popular.tolist() == [False]
+    assert model.recommend({"user": "new", "history": []}, k=9).are_popular.tolist() == [True]
+    pairs = pd.DataFrame({"history": [None, MOVIES[:2]]})["history"]
+    assert model.recommend({"history": pairs}, k=2).are_popular.tolist() == [True, False]
+
+
+def test_no_queries_get_no_lists(trained):
+    answer = trained.recommend([], k=3)
+    assert answer.ids.shape == answer.scores.shape == (0, 3)
+
+
+def test_the_score_of_an_unknown_candidate_is_nan(trained):
+    scores = trained.score({"user": ["u1", "u2", "zz"], "movie": ["film 1", "no such film", "film 1"]})
+    np.testing.assert_array_equal(np.isnan(scores), [False, True, True])
+
+
+def test_ids_of_an_index_are_names_of_one_vocabulary():
+    genres, movies = Vocabulary(["drama", "comedy"]), Vocabulary(MOVIES)
+    tower = keras.Sequential([keras.layers.Embedding(3, 4)])
+    arguments = {"candidates": {"genre": ["drama"] * 9}, "vocabularies": {"genre": genres, "movie": movies}}
+    retrieval = keras_rs.layers.BruteForceRetrieval(k=3)
+    tower.build((None,))
+    with pytest.raises(ValueError, match=r"names of one of the `vocabularies`\. Received: names that 0 of 2"):
+        shard_candidates(retrieval, tower, candidate_ids=[*MOVIES[:8], "zz"], **arguments)
+    index = shard_candidates(
+        retrieval,
+        keras.layers.Embedding(10, 4),
+        candidate_ids=["film 9", *MOVIES],
+        vocabularies={"movie": Vocabulary([*MOVIES, "film 9"])},
+    )
+    assert np.asarray(index.candidate_ids).tolist() == [10, *range(1, 10)]
+
+
+@pytest.mark.parametrize("values", [[{"u1"}], [["u1"], {"u2"}], [object()]])
+def test_values_that_cannot_be_names_raise_a_type_error(values):
+    with pytest.raises((TypeError, ValueError), match="Received"):
+        Vocabulary(USERS).encode(values)
+    with pytest.raises(ValueError, match="must not be -1"):
+        Vocabulary([3, -1])

@@ -208,6 +208,8 @@ def test_seen_names_are_left_out():
         ([1, 2], TypeError, "`seen` must be 'training', or a dict or DataFrame"),
         ({"user": [1]}, ValueError, "without 'movie'"),
         ({"user": [1], "movie": [1, 2]}, ValueError, "Received: 1 queries and 2 candidates"),
+        ({"user": 1, "movie": 1}, ValueError, "The feature 'user' of `seen` must have a row"),
+        ({"user": [1], "movie": [[1, 2]]}, ValueError, r"The feature 'movie' of `seen` must be flat.*shape \(1, 2\)"),
         ({"user": [1.5], "movie": [1]}, ValueError, "The feature 'user' of `seen` must hold ids"),
         ({"user": [2**40], "movie": [1]}, ValueError, "The feature 'user' of `seen` must hold ids"),
         ({"user": ["u1"], "movie": [1]}, ValueError, "must hold numbers"),
@@ -290,7 +292,7 @@ def test_a_model_worse_than_popularity_is_warned_of():
     model.query_tower.set_weights([np.ones((NUM_USERS, 4))])
     model.candidate_tower.set_weights([np.where(np.arange(NUM_MOVIES)[:, None] == 7, -1.0, 1.0) * np.ones(4)])
     model.compile(keras.optimizers.SGD(0.0))
-    with pytest.warns(UserWarning, match=r"The model ranks worse than the popularity.*val_recall_at_5="):
+    with pytest.warns(UserWarning, match=r"The model ranks worse than the popularity.*val_ndcg_at_5="):
         model.fit(data, validation_data=data, verbose=0)
 
 
@@ -312,21 +314,60 @@ def test_evaluation_by_popularity_needs_a_trained_model():
 # What is known of the training data.
 
 
+def add(data, number, queries, candidates, present=None, positive=None, unknown=None):
+    everything, nothing = np.ones(len(candidates), bool), np.zeros(len(candidates), bool)
+    data.add(
+        number,
+        queries,
+        candidates,
+        everything if present is None else np.array(present, bool),
+        everything if positive is None else np.array(positive, bool),
+        nothing if unknown is None else np.array(unknown, bool),
+    )
+
+
 def test_the_longest_pass_counts():
     data = TrainingData()
     data.begin(seen=True)
     # Keras looks at the first batch, and starts again.
-    data.add(0, [1, 2], [5, 6], None)
-    data.add(0, [1, 2], [5, 6], None)
-    data.add(1, [1], [7], np.array([1.0]))
+    add(data, 0, [1, 2], [5, 6])
+    add(data, 0, [1, 2], [5, 6])
+    add(data, 1, [1], [7])
     assert [x.tolist() for x in data.counts] == [[5, 6, 7], [1, 1, 1]]
     # A second epoch that has just begun.
-    data.add(0, [2], [6], None)
+    add(data, 0, [2], [6])
     assert [x.tolist() for x in data.counts] == [[5, 6, 7], [1, 1, 1]]
     data.end()
-    data.add(0, [9], [9], None)
+    add(data, 0, [9], [9])
     assert data.seen([1, 2, 9]).tolist() == [[5, 7], [6, -1], [-1, -1]]
+    assert data.trained_queries.tolist() == [1, 2]
     assert data.seen([]).shape == (0, 1)
+
+
+def test_later_trainings_add_to_what_is_known():
+    data = TrainingData()
+    for candidates in ([5, 6, 6], [6, 4], []):
+        data.begin(seen=True)
+        add(data, 0, list(range(len(candidates))), candidates)
+        data.end()
+    assert [x.tolist() for x in data.counts] == [[4, 5, 6], [1, 1, 3]]
+    assert data.trained_queries.tolist() == [0, 1, 2]
+    loaded = TrainingData()
+    loaded.take_arrays(data.to_arrays())
+    assert [x.tolist() for x in loaded.counts] == [[4, 5, 6], [1, 1, 3]]
+    loaded.take_arrays({})
+    assert not loaded.has_seen
+    assert not loaded.counts[0].size
+
+
+def test_absent_rows_unknown_queries_and_other_labels_are_left_out():
+    data = TrainingData()
+    data.begin(seen=True)
+    add(data, 0, [1, 2, 3, 0], [5, 6, 7, 8], present=[1, 0, 1, 1], positive=[0, 1, 1, 1], unknown=[0, 0, 0, 1])
+    data.end()
+    assert [x.tolist() for x in data.counts] == [[7, 8], [1, 1]]
+    assert data.trained_queries.tolist() == [1, 3]
+    assert data.seen([0, 1, 2, 3]).tolist() == [[-1], [5], [-1], [7]]
 
 
 def test_widths_of_seen_candidates_are_powers_of_two():
@@ -342,3 +383,30 @@ def test_negative_and_extreme_ids_are_kept():
     data = TrainingData()
     data.add_seen([-(2**31), 2**31 - 1, -5], [2**31 - 1, -(2**31), -7])
     assert data.seen([-5, 2**31 - 1, -(2**31)]).tolist() == [[-7], [-(2**31)], [2**31 - 1]]
+
+
+def test_all_rows_of_weight_0_leave_nothing_known():
+    model = make_model()
+    model.fit(TRAIN, sample_weight=np.zeros(60), seen="training", verbose=0)
+    assert (model.recommend(np.arange(NUM_USERS), k=NUM_MOVIES).ids >= 0).all()
+    with pytest.raises(ValueError, match="not trained by `fit`"):
+        model.evaluate_queries([1], [[1]], by_popularity=True)
+
+
+def test_weights_of_another_model_come_with_what_it_knows(tmp_path):
+    fresh, model = make_model(), make_model()
+    fresh.train_on_batch(TRAIN)
+    fresh.save_weights(tmp_path / "fresh.weights.h5")
+    model.fit(TRAIN, seen="training", verbose=0)
+    model.load_weights(tmp_path / "fresh.weights.h5")
+    assert (model.recommend(np.arange(NUM_USERS), k=NUM_MOVIES).ids >= 0).all()
+
+
+def test_popularity_counts_positives():
+    data = {**TRAIN, "rating": np.where(TRAIN["movie"] == 3, 0.0, 1.0)}
+    model = make_model(label="rating")
+    model.fit(data, verbose=0)
+    ids, counts = model.model_inputs.training_data.counts
+    assert 3 in TRAIN["movie"]
+    assert 3 not in ids
+    assert counts.sum() == (TRAIN["movie"] != 3).sum()
