@@ -186,9 +186,7 @@ class Model(keras.Model):
         return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
 
-@pytest.mark.parametrize(
-    "names", [NAMES, [*LARGE, *NAMES, "\ud800"], INTEGERS, [*range(-5, -1), *range(5_000), 10**30]]
-)
+@pytest.mark.parametrize("names", [NAMES, [*LARGE, *NAMES, "\ud800"], INTEGERS, [-5, *range(5_000), 10**30]])
 def test_a_model_saves_its_vocabularies(names, tmp_path):
     model = Model(Vocabulary(names), Vocabulary(["a"]))
     model(np.zeros((1, 2)))

@@ -115,7 +115,7 @@ def test_items_of_any_kind(items, dtype, expected):
         pd.Series([7, 7], index=[3, 3]),
         pd.Series(["x", "x"], dtype="category"),
     ):
-        result = histories(users, items, pd.Series([1, 2], index=[1, 0]), 1)
+        result = histories(users, items, pd.Series([1, 2], index=[5, 6]), 1)
         assert result.dtype == dtype
         assert result[:, 0].tolist() == expected
         names, latest = last_items(users, items, [1, 2], 2)
