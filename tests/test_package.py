@@ -36,6 +36,8 @@ def test_the_quick_start_runs_as_printed(tmp_path):
 def test_the_python_blocks_run_in_order(path, tmp_path, monkeypatch):
     """Fragments, which contain `...`, are only parsed. Another test runs the quick start as a program."""
     monkeypatch.chdir(tmp_path)
+    rows = [f"u{row % 47},film {row * row % 13},2024-01-{1 + row // 25:02d}" for row in range(500)]
+    (tmp_path / "ratings.csv").write_text("\n".join(["user,movie,time", *rows]))
     namespace = {}
     for block in python_blocks((ROOT / path).read_text()):
         ast.parse(block)
