@@ -11,8 +11,6 @@ import numpy as np
 
 # The row of no name, in rows with fewer names than columns.
 NO_ROW = -1
-# Rows of a column that are looked at to guess whether its names repeat.
-_NUM_SAMPLED = 10_000
 
 
 def flat_names(values: Any) -> tuple[list[Any], tuple[int, ...]]:
@@ -39,14 +37,16 @@ def flat_names(values: Any) -> tuple[list[Any], tuple[int, ...]]:
     return flat, array.shape
 
 
-def are_few_strings(values: Any) -> bool:
-    """Returns whether a Series has strings in a dtype of its own, which repeat: converting each of them is slow."""
-    if not hasattr(values, "factorize") or isinstance(values.dtype, np.dtype) or "str" not in str(values.dtype):
-        return False
-    num_sampled = min(len(values), _NUM_SAMPLED)
-    # Among n draws from m names, about n**2 / (2 * m) repeat an earlier one.
-    num_repeated = num_sampled - values[:num_sampled].nunique()
-    return bool(num_sampled**2 < num_repeated * len(values))
+def as_arrow(values: Any) -> Any:
+    """Returns a Series of Arrow's strings as Arrow has it, without missing values, or `None` for other columns."""
+    if "str" not in str(getattr(values, "dtype", "")) or not hasattr(getattr(values, "array", None), "__arrow_array__"):
+        return None
+    try:
+        import pyarrow
+    except ModuleNotFoundError:
+        return None
+    column = pyarrow.array(values.array)
+    return None if column.null_count else column
 
 
 def padded_names(values: Any) -> np.ndarray[Any, Any]:

@@ -17,8 +17,8 @@ from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.names import (
     NO_ROW,
-    are_few_strings,
     are_padding,
+    as_arrow,
     as_name,
     check_different,
     check_names,
@@ -134,14 +134,10 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         integers = self._encode_integers(names)
         if integers is not None and (unknown == "row" or integers.all()):
             return integers
-        if are_few_strings(names):
-            codes, different = names.factorize()
-            if (codes >= 0).all():
-                rows_of_different = self.encode(np.asarray(different, object), unknown=unknown)
-                return np.asarray(rows_of_different[codes])
-        strings = self._encode_strings(names, unknown)
-        if strings is not None:
-            return strings
+        for encode in (self._encode_arrow, self._encode_strings):
+            strings = encode(names, unknown)
+            if strings is not None:
+                return strings
         flat, shape = flat_names(names)
         if not isinstance(self._names[1], str):
             # In a dict, 1.0 and True are equal to 1.
@@ -227,6 +223,7 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         object.__setattr__(self, "_names", array)
         object.__setattr__(self, "_rows", dict(zip(names, range(1, len(names) + 1), strict=True)))
         object.__setattr__(self, "_row_table", _row_table(names))
+        object.__setattr__(self, "_arrow_names", None)
         self._num_names = len(names)
 
     def _known_rows(self) -> dict[Any, int]:
@@ -249,6 +246,29 @@ class Vocabulary(keras.layers.Layer):  # type: ignore[misc]
         inside = (integers >= least) & (integers < least + len(table))
         result: np.ndarray[Any, Any] = np.where(inside, table[np.where(inside, integers - least, 0)], 0)
         return result
+
+    def _encode_arrow(self, names: Any, unknown: str) -> np.ndarray[Any, Any] | None:
+        """Returns the rows of a Series of Arrow's strings, or `None` for other names.
+
+        Arrow finds its own strings. A conversion to Python's strings takes longer than finding them.
+        """
+        column = as_arrow(names) if isinstance(self._names[1], str) else None
+        if column is None:
+            return None
+        from pyarrow import array, compute
+
+        if self._arrow_names is None or self._arrow_names.type != column.type:
+            try:
+                object.__setattr__(self, "_arrow_names", array(self._names[1:], column.type))
+            except UnicodeEncodeError:
+                # Names that Arrow cannot hold.
+                return None
+        places = compute.index_in(column, value_set=self._arrow_names)
+        rows = np.asarray(compute.add(compute.fill_null(places, NO_ROW), 1), "int32")
+        is_unknown = rows == UNKNOWN_ROW
+        if is_unknown.any():
+            self._check_unknown(names[is_unknown].tolist(), unknown)
+        return rows
 
     def _encode_strings(self, names: Any, unknown: str) -> np.ndarray[Any, Any] | None:
         """Returns the rows of an array or a list of strings, or `None` if it may be something else."""

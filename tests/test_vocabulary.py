@@ -275,3 +275,20 @@ def test_strings_of_a_series_encode_as_those_of_a_list(num_names):
     np.testing.assert_array_equal(vocabulary.encode(series), vocabulary.encode(values))
     with pytest.raises(ValueError, match="must not be missing"):
         vocabulary.encode(pd.concat([series, pd.Series([None], dtype="str")]))
+
+
+@pytest.mark.parametrize("dtype", ["str", "string", "object", "category", "string[pyarrow]", "large_string[pyarrow]"])
+def test_unknown_strings_of_a_series(dtype):
+    vocabulary = Vocabulary(["Heat", "Up", "\xe9"])
+    series = pd.Series(["Up", "Alien", "Heat", "\xe9"], index=[3.5, 2, 1, 0], dtype=dtype)
+    np.testing.assert_array_equal(vocabulary.encode(series), [2, 0, 1, 3])
+    assert vocabulary.encode(series).dtype == "int32"
+    np.testing.assert_array_equal(vocabulary.encode(pd.concat([series, series])[::2]), [2, 1, 2, 1])
+    assert vocabulary.encode(series[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="Received: 'Alien'"):
+        vocabulary.encode(series, unknown="error")
+    with pytest.raises(ValueError, match="must not be empty"):
+        vocabulary.encode(pd.Series(["Up", ""], dtype=dtype))
+    with pytest.raises(TypeError, match="Received: 'Up', and 3"):
+        Vocabulary([3, 4]).encode(series)
+    np.testing.assert_array_equal(Vocabulary(["Up", "\ud800"]).encode(series), [1, 0, 0, 0])
