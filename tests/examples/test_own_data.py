@@ -15,6 +15,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import item_titles  # noqa: E402
 
+# The program is the same on all versions of Keras; the package is tested on each.
+pytestmark = pytest.mark.slow
+
 # Runs the program several times, and returns for each its exit code or message, and what it has printed.
 RUNS = """
 import contextlib, io, json, sys
@@ -167,7 +170,6 @@ def tastes_of(ranked):
     return [int(item.split("  *")[0].removeprefix("Film, ").removeprefix("m")) % NUM_TASTES for item in ranked]
 
 
-@pytest.mark.slow
 def test_a_recommender_learns_tastes_is_saved_and_answers(folder):
     training = ("--epochs=30", "--batch_size=32", "--embedding_dim=16", "--learning_rate=0.01")
     names_of_plots = ["epochs.png", "items.png", "recall_by_popularity.png"]
