@@ -97,7 +97,7 @@ def are_padding(names: np.ndarray[Any, Any], are_strings: bool) -> np.ndarray[An
     def is_padding(name: Any) -> bool:
         return is_missing_name(name) or (type(name) is type(nothing) and name == nothing)
 
-    return np.asarray(np.frompyfunc(is_padding, 1, 1)(names), bool)
+    return np.array([is_padding(name) for name in names.ravel().tolist()], bool).reshape(names.shape)
 
 
 def _as_array_of_objects(rows: list[Any]) -> np.ndarray[Any, Any]:

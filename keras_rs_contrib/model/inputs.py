@@ -255,11 +255,24 @@ class ModelInputs:
         elif names.label is not None:
             labels = np.asarray(names.labels(x, y))
             is_positive = labels > 0 if self.least_positive is None else labels >= self.least_positive
-        query_ids = None if names.query_id is None else x.get(names.query_id)
+        query_ids = self.query_ids(x)
+        if query_ids is None and self.training_data.collects_seen:
+            shape = np.asarray(x.get(str(names.query_id))).shape
+            raise ValueError(
+                "`seen` needs one id of a query in each row. Received: "
+                f"the feature {names.query_id!r} of shape {shape}. Set `query_id` to the feature with such ids."
+            )
         is_unknown = np.zeros(len(candidate_ids), bool)
         if query_ids is not None and names.query_id in self.vocabularies.by_feature:
-            is_unknown = np.asarray(flat(np.asarray(query_ids))) <= UNKNOWN_ROW
+            is_unknown = query_ids <= UNKNOWN_ROW
         self.training_data.add(number, query_ids, candidate_ids, is_present, is_positive, is_unknown)
+
+    def query_ids(self, features: dict[str, Any]) -> np.ndarray[Any, Any] | None:
+        """Returns the ids of queries, `[num_queries]` ints, or `None` if the features have none."""
+        if self.names.query_id is None or self.names.query_id not in features:
+            return None
+        ids = np.asarray(flat(np.asarray(features[self.names.query_id])))
+        return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
 
     def unknown_queries(self, features: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Returns which queries are not in their vocabulary, or had no row in training, as `are_unknown` does."""
@@ -268,13 +281,14 @@ class ModelInputs:
 
     def _with_training_data(self, purpose: Purpose, x: dict[str, Any]) -> dict[str, Any]:
         """Returns a batch with the ids that its lists leave out, and ranks by popularity for unknown queries."""
-        query_id, candidate_id, known = self.names.query_id, self.names.candidate_id, self.training_data
+        candidate_id, known = self.names.candidate_id, self.training_data
         if not purpose.ranks or candidate_id not in x:
             return x
         candidate_ids = np.reshape(x[candidate_id], (-1, 1))
-        if purpose.leaves_out_seen and known.has_seen and query_id in x:
+        query_ids = self.query_ids(x)
+        if purpose.leaves_out_seen and known.has_seen and query_ids is not None:
             # The candidate itself is ranked, even if it was seen.
-            left_out = known.seen(x[query_id], candidate_ids)
+            left_out = known.seen(query_ids, candidate_ids)
             if self.names.exclude in x:
                 left_out = np.concatenate([left_out, np.asarray(x[self.names.exclude], "int32")], axis=1)
             x = {**x, LEFT_OUT: left_out}

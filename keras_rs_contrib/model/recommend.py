@@ -291,8 +291,7 @@ class RecommendingModel(PaddedModel):
         limits = check_limits(exclude_ids, include_ids, include_mask, number, self._index().num_candidates)
         training_data = self.model_inputs.training_data
         leaves_out_seen = self.exclude_seen if exclude_seen is None else exclude_seen
-        leaves_out_seen = leaves_out_seen and training_data.has_seen and names.query_id in features
-        query_ids = features[names.query_id] if leaves_out_seen else None
+        query_ids = self.model_inputs.query_ids(features) if leaves_out_seen and training_data.has_seen else None
         return CheckedQueries(features, limits, number, query_ids, training_data)
 
     def _ranks_of_features(self) -> dict[str, int]:

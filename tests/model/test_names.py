@@ -526,6 +526,11 @@ def test_a_query_id_that_is_not_a_feature_of_the_tower_is_written_as_one_value()
     # One film, and a new user.
     assert model.recommend({"user": "new", "history": MOVIES[5:6]}, k=9).are_popular.tolist() == [False]
     assert model.recommend({"user": "new", "history": []}, k=9).are_popular.tolist() == [True]
+    without_ids = TwoTowerModel(tower, table, "history", "movie", vocabularies={"movie": movies, "history": movies})
+    without_ids.compile("adam")
+    without_ids.fit(data, verbose=0, validation_data=data)
+    with pytest.raises(ValueError, match=r"`seen` needs one id of a query in each row. Received: .* shape \(2, 2\)"):
+        without_ids.fit(data, seen="training", verbose=0)
     pairs = pd.DataFrame({"history": [None, MOVIES[:2]]})["history"]
     assert model.recommend({"history": pairs}, k=2).are_popular.tolist() == [True, False]
 
