@@ -7,10 +7,12 @@ import dataclasses
 import os
 import pathlib
 import re
+import sys
 import threading
 import urllib.request
 
 import numpy as np
+from absl import logging
 
 MOVIELENS_HOST = "https://files.grouplens.org/"
 PROBE_SECONDS = 5.0
@@ -86,6 +88,23 @@ def load(dataset: str, data_dir: str | None = None, seed: int = 0) -> Ratings:
             raise
         print(f"{error}\nContinuing with synthetic data.", flush=True)
         return synthetic(seed)
+
+
+def load_or_exit(argv: list[str], dataset: str) -> Ratings:
+    """Returns ratings for a program whose only arguments are flags. Exits with one line if something is wrong.
+
+    Args:
+        argv: the arguments of the program that are not flags.
+        dataset: as in `load`.
+    """
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
+    logging.set_verbosity(logging.WARNING)
+    import_tensorflow_quietly()
+    try:
+        return load(dataset)
+    except MovieLensUnavailableError as error:
+        sys.exit(str(error))
 
 
 def movielens(data_dir: str | None = None) -> Ratings:

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from keras_rs_contrib.names import is_missing_name
+
 
 def is_frame(data: Any) -> bool:
     """Returns whether data is a DataFrame of pandas, or of a library with the same interface."""
@@ -32,6 +34,18 @@ def names_in(names: str | list[str]) -> list[str]:
 def select(features: dict[str, Any], names: str | list[str]) -> Any:
     """Returns the input of a tower: its one feature, or a dict of those in a list."""
     return features[names] if isinstance(names, str) else {name: features[name] for name in names}
+
+
+def rank(values: Any) -> int:
+    """Returns the number of dimensions of an array, a column of lists, nested lists, or a single value."""
+    shape = getattr(values, "shape", None)
+    if isinstance(values, (str, bytes)) or np.isscalar(values) or not hasattr(values, "__len__"):
+        return len(shape or ())
+    dtype = getattr(values, "dtype", None)
+    if shape is not None and (len(shape) != 1 or (isinstance(dtype, np.dtype) and dtype.kind != "O")):
+        return len(shape)
+    first = next((value for value in values if not is_missing_name(value)), None)
+    return 1 if first is None else 1 + rank(first)
 
 
 def arrays_of(features: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:

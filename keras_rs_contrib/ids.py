@@ -218,8 +218,7 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"`queries` must be unique. Received: {twice!r} twice. Remove the duplicates.")
         rows = Vocabulary(names or ["no query"])
-        numbers = np.arange(1, len(names) + 1).reshape(shape)
-        return group_candidate_ids(rows.encode(query_ids), candidate_ids, numbers)
+        return group_candidate_ids(rows.encode(query_ids), candidate_ids, np.arange(1, len(names) + 1).reshape(shape))
     if _are_names(candidate_ids):
         rows = Vocabulary.from_data(candidate_ids)
         return rows.decode(group_candidate_ids(query_ids, rows.encode(candidate_ids), queries))
@@ -254,21 +253,18 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
 
 def _are_names(ids: Any) -> bool:
     """Returns whether ids are strings, or integers that int32 cannot hold."""
-    dtype = getattr(ids, "dtype", None)
-    if not isinstance(dtype, np.dtype) or dtype.kind == "O":
-        if ops.is_tensor(ids):
-            return False
-        flat, _ = flat_names(ids)
-        if flat and all(isinstance(each, str) for each in flat):
-            return True
-        if not all(isinstance(each, int) and not isinstance(each, bool) for each in flat):
-            return False
-        return any(not -(2**31) <= each < 2**31 for each in flat)
     limits = np.iinfo(np.int32)
-    ids = np.asarray(ids)
-    if dtype.kind not in "iu":
-        return dtype.kind in "US"
-    return bool(ids.size) and not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max
+    dtype = getattr(ids, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype.kind != "O":
+        ids = np.asarray(ids)
+        if dtype.kind not in "iu" or not ids.size:
+            return dtype.kind in "US"
+        return not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max
+    if ops.is_tensor(ids):
+        return False
+    flat, _ = flat_names(ids)
+    kinds = set(map(type, flat))
+    return kinds == {str} or (kinds == {int} and any(not limits.min <= each <= limits.max for each in flat))
 
 
 def check_exclude_ids(exclude_ids: Any) -> list[int]:

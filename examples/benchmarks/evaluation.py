@@ -24,7 +24,7 @@ import sys
 import jax
 import keras
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from timing import Table, in_turns, milliseconds, print_setting, ratio, timed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -65,11 +65,7 @@ def make_model(train, check_inputs):
 
 def main(argv):
     """Prints the setting and the table."""
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    movielens.import_tensorflow_quietly()
-    ratings = movielens.load(FLAGS.dataset)
+    ratings = movielens.load_or_exit(argv, FLAGS.dataset)
     train, held_out = movielens.split(ratings, seed=0)
     data, held_out_data = ({"user_id": part.user_ids, "movie_id": part.movie_ids} for part in (train, held_out))
     users = np.arange(1, ratings.num_users + 1)

@@ -35,7 +35,7 @@ import time
 import keras
 import keras_rs
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from timing import Table, print_setting
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -252,17 +252,10 @@ def print_row(table, name, run, seeds):
 
 def main(argv):
     """Prints the setting and the table."""
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
     methods = [name for name in SETTINGS if not FLAGS.new_users or SETTINGS[name].encoder is not None]
     if unknown := set(FLAGS.only) - set(methods):
         sys.exit(f"--only must name methods among {methods}. Received: {sorted(unknown)}.")
-    logging.set_verbosity(logging.WARNING)
-    movielens.import_tensorflow_quietly()
-    try:
-        movielens.load(FLAGS.dataset)
-    except movielens.MovieLensUnavailableError as error:
-        sys.exit(str(error))
+    movielens.load_or_exit(argv, FLAGS.dataset)
     print_setting()
     part = "film before the last" if FLAGS.tune else "last film"
     users = "a fifth of the users, who are not in training" if FLAGS.new_users else "all users"

@@ -31,7 +31,7 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from timing import Table, print_setting
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -230,14 +230,7 @@ def tune(table):
 
 def main(argv):
     """Prints the setting and the table."""
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    movielens.import_tensorflow_quietly()
-    try:
-        movielens.load(FLAGS.dataset)
-    except movielens.MovieLensUnavailableError as error:
-        sys.exit(str(error))
+    movielens.load_or_exit(argv, FLAGS.dataset)
     print_setting("implicit", "numpy")
     part = "a tenth of the training ratings" if FLAGS.tune else "a fifth of all ratings"
     print(

@@ -18,7 +18,7 @@ import sys
 import keras
 import keras_rs
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from timing import Table, print_setting
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -114,14 +114,7 @@ def run(split_seed, changes):
 
 def main(argv):
     """Prints the setting and the table."""
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    movielens.import_tensorflow_quietly()
-    try:
-        movielens.load(FLAGS.dataset)
-    except movielens.MovieLensUnavailableError as error:
-        sys.exit(str(error))
+    movielens.load_or_exit(argv, FLAGS.dataset)
     print_setting("numpy")
     print(f"Dataset: {FLAGS.dataset}, {FLAGS.num_splits} splits; held out: a fifth of all ratings.\n")
     table, default = Table(), None

@@ -127,13 +127,6 @@ def check_same_rows(**columns: Any) -> None:
             )
 
 
-def check_positive_int(value: Any, name: str) -> int:
-    """Returns `value` as an int, or raises `ValueError` if it is not a positive integer."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Pass 1 or more.")
-    return int(value)
-
-
 def check_share(value: Any, name: str) -> float:
     """Returns `value` as a float, or raises `ValueError` if it is not between 0 and 1."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < 1:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.interactions import columns
 
 
@@ -34,8 +35,8 @@ def k_core(
 
     Reference: Seidman, "Network structure and minimum degree", Social Networks 5(3), 1983.
     """
-    min_user = columns.check_positive_int(min_user, "min_user")
-    min_item = columns.check_positive_int(min_item, "min_item")
+    min_user = positive_int(min_user, "min_user")
+    min_item = positive_int(min_item, "min_item")
     users, _ = columns.codes_of(columns.column_of(frame, user_column, "user_column"), user_column)
     items, _ = columns.codes_of(columns.column_of(frame, item_column, "item_column"), item_column)
     rows = np.arange(len(frame))

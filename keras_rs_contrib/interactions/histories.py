@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.interactions import columns
 from keras_rs_contrib.interactions.columns import Array
 
@@ -33,10 +34,8 @@ def histories(users: Any, items: Any, times: Any, length: int, *, padding: Any =
         TypeError: if items are neither strings nor integers, or if times are neither numbers nor dates.
         ValueError: if a value is missing, if columns have different lengths, or if an item equals `padding`.
     """
-    length = columns.check_positive_int(length, "length")
-    columns.check_same_rows(users=users, items=items, times=times)
-    codes, table = _items_of(items, padding)
-    order, starts = _in_order(users, codes, times)
+    length = positive_int(length, "length")
+    codes, table, order, starts = _in_order(users, items, times, padding)
     codes = codes[order]
     positions = np.arange(len(order))
     # A run is a series of rows of the same item. One jump leads out of it, however long it is. Where it goes on in the
@@ -77,10 +76,8 @@ def last_items(users: Any, items: Any, times: Any, length: int, *, padding: Any 
         TypeError: if items are neither strings nor integers, or if times are neither numbers nor dates.
         ValueError: if a value is missing, if columns have different lengths, or if an item equals `padding`.
     """
-    length = columns.check_positive_int(length, "length")
-    columns.check_same_rows(users=users, items=items, times=times)
-    codes, table = _items_of(items, padding)
-    order, starts = _in_order(users, codes, times)
+    length = positive_int(length, "length")
+    codes, table, order, starts = _in_order(users, items, times, padding)
     _, names = columns.codes_of(users, "users")
     (first,) = np.nonzero(starts == np.arange(len(order)))
     ends = np.append(first, len(order))[1:]
@@ -91,14 +88,21 @@ def last_items(users: Any, items: Any, times: Any, length: int, *, padding: Any 
     return names, table[result]
 
 
-def _in_order(users: Any, items: Array, times: Any) -> tuple[Array, Array]:
-    """Returns the rows by user and then time, and for each place in this order the first place of the same user."""
+def _in_order(users: Any, items: Any, times: Any, padding: Any) -> tuple[Array, Array, Array, Array]:
+    """Returns items as `_items_of` does, and the order of rows by user and time.
+
+    Returns:
+        `[num_rows]` items as numbers, what these stand for, the rows by user and then time, and for each place in this
+        order the first place of the same user.
+    """
+    columns.check_same_rows(users=users, items=items, times=times)
+    numbers, table = _items_of(items, padding)
     codes, _ = columns.codes_of(users, "users")
     moments = np.zeros(len(codes), "int64") if times is None else columns.times_of(times, "times")
-    columns.check_lengths(users=codes, items=items, times=moments)
+    columns.check_lengths(users=codes, items=numbers, times=moments)
     order = np.lexsort((moments, codes))
     counts = np.bincount(codes)
-    return order, np.repeat(np.cumsum(counts) - counts, counts)
+    return numbers, table, order, np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _items_of(items: Any, padding: Any) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from keras_rs_contrib.arguments import positive_int
 from keras_rs_contrib.interactions import columns
 
 
@@ -94,7 +95,7 @@ def leave_last_out(
         ValueError: if there is no such column, if a user or a time is missing, or if no user has more than `num_items`
             rows.
     """
-    num_items = columns.check_positive_int(num_items, "num_items")
+    num_items = positive_int(num_items, "num_items")
     users, _ = columns.codes_of(columns.column_of(frame, user_column, "user_column"), user_column)
     times = columns.times_of(columns.column_of(frame, time_column, "time_column"), time_column)
     _check_rows(frame)

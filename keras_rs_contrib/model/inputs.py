@@ -95,9 +95,7 @@ class ModelInputs:
             check=model.check_inputs,
             vocabularies=Vocabularies(
                 by_feature=dict(model.vocabularies),
-                candidate_id=model.candidate_id,
-                of_ids=tuple(name for name in (names.exclude, names.positives, names.negatives) if name is not None),
-                negatives=names.negatives,
+                names=names,
                 unknown_candidates=model.unknown_candidates,
                 skipped=model._skipped,
             ),
@@ -200,15 +198,11 @@ class ModelInputs:
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
-        *,
-        queries_only: bool = False,
-        ranks: bool = False,
-        leaves_out_seen: bool = False,
+        purpose: Purpose = Purpose(),
     ) -> tuple[Any, Any, Any]:
-        """Returns one batch, checked and padded. The arguments are those of `batches` and `Purpose`."""
-        purpose = Purpose(queries_only=queries_only, leaves_out_seen=leaves_out_seen, ranks=ranks)
-        purpose = self._with_index_ids(purpose)
-        x, y, sample_weight = self._prepare(self._corpus_ids(queries_only), purpose, 0, x, y, sample_weight)
+        """Returns one batch, checked and padded. The arguments are those of `batches`."""
+        corpus_ids = self._corpus_ids(purpose.queries_only)
+        x, y, sample_weight = self._prepare(corpus_ids, self._with_index_ids(purpose), 0, x, y, sample_weight)
         size = batches.batch_length((x, y, sample_weight))
         return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
 
@@ -241,7 +235,7 @@ class ModelInputs:
             features = {name: x[name] for name in needed}
             self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
             self._check_optional(number, x)
-        if purpose.collects and self.names.candidate_id is not None:
+        if purpose.collects and self.training_data.collects and self.names.candidate_id is not None:
             self._collect(number, x, y, sample_weight)
         return self._with_training_data(purpose, x), y, sample_weight
 

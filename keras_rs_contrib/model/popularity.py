@@ -22,13 +22,13 @@ class Popularity:
         ids: `[n]` ids, the most popular first, without those that the index never returns.
         counts: `[n]` their numbers of rows.
         num_candidates: the number of candidates of the index, which is the rank of a candidate that is not in a list.
-        order_of_rows: `[num_candidates]`, the place in `ids` of each row of the index, or n for none.
+        rows: `[n]` their rows in the index.
     """
 
     ids: np.ndarray[Any, Any]
     counts: np.ndarray[Any, Any]
     num_candidates: int
-    order_of_rows: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]
 
     @classmethod
     def of_candidates(
@@ -50,9 +50,7 @@ class Popularity:
         own_counts = np.where(ids[places] == index_ids, counts[places], 0)
         order = np.argsort(-own_counts, kind="stable")
         order = order[~np.isin(index_ids[order], exclude_ids)]
-        order_of_rows = np.full(len(index_ids), len(order))
-        order_of_rows[order] = np.arange(len(order))
-        return cls(index_ids[order], own_counts[order], len(index_ids), order_of_rows)
+        return cls(index_ids[order], own_counts[order], len(index_ids), order)
 
     def find(
         self, k: int, num_queries: int, exclude_ids: Any = None, include_ids: Any = None, include_mask: Any = None
@@ -155,8 +153,7 @@ class Popularity:
             allowed[np.broadcast_to(query, places.shape)[is_known], places[is_known]] = True
         if include_mask is not None:
             mask = np.broadcast_to(include_mask, (num_queries, self.num_candidates))
-            rows = np.argsort(self.order_of_rows, kind="stable")[:num_places]
-            allowed &= mask[:, rows]
+            allowed &= mask[:, self.rows[:num_places]]
         if exclude_ids is not None:
             places, is_known = self._places(exclude_ids)
             is_known &= places < num_places

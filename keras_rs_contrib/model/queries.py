@@ -10,11 +10,11 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib.columns import rank
 from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.training_data import TrainingData
-from keras_rs_contrib.names import is_missing_name
 
 # Queries that are embedded and searched at once.
 QUERIES_AT_ONCE = 4096
@@ -106,7 +106,7 @@ def with_batch_axis(features: Any, names: Iterable[str], ranks: dict[str, int]) 
     if not isinstance(features, dict):
         return features
     used = [name for name in dict.fromkeys(names) if name in features]
-    lacks_axis = {name: _rank(features[name]) <= ranks.get(name, 0) for name in used}
+    lacks_axis = {name: rank(features[name]) <= ranks.get(name, 0) for name in used}
     if not any(lacks_axis.values()):
         return features
     features = dict(features)
@@ -114,17 +114,6 @@ def with_batch_axis(features: Any, names: Iterable[str], ranks: dict[str, int]) 
         if lacks or (name not in ranks and len(features[name]) != 1):
             features[name] = np.asarray(features[name])[None]
     return features
-
-
-def _rank(values: Any) -> int:
-    """Returns the number of dimensions of an array, a column of lists, nested lists, or a single value."""
-    if isinstance(values, (str, bytes)) or np.isscalar(values) or not hasattr(values, "__len__"):
-        return len(getattr(values, "shape", ()))
-    shape = getattr(values, "shape", None)
-    if shape is not None and (len(shape) != 1 or str(getattr(values, "dtype", "")) != "object"):
-        return len(shape)
-    first = next((value for value in values if not is_missing_name(value)), None)
-    return 1 if first is None else 1 + _rank(first)
 
 
 def check_query_rows(ids: Any, name: str, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:

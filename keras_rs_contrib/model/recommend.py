@@ -32,7 +32,7 @@ from keras_rs_contrib.model.training_data import ids_of
 from keras_rs_contrib.model.vocabularies import Skipped
 from keras_rs_contrib.scores import pairwise_scores
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
-from keras_rs_contrib.vocabulary import UNKNOWN_ROW
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW, Vocabulary
 
 
 class _IdsAndScores(NamedTuple):
@@ -73,6 +73,7 @@ class RecommendingModel(PaddedModel):
         task: knows the similarity.
         label: name of the feature with labels, or `None`.
         retrieval: the index, or `None`.
+        vocabularies: those of features that hold names, by feature.
     """
 
     query_tower: keras.layers.Layer
@@ -80,6 +81,7 @@ class RecommendingModel(PaddedModel):
     candidate_features: str | list[str]
     task: DistributedTwoTowerTask
     label: str | None
+    vocabularies: dict[str, Vocabulary]
     # Shape, without the batch, and dtype of each feature, by name.
     _seen_features: dict[str, tuple[tuple[int, ...], str]]
     retrieval: ShardedBruteForceRetrieval | None
@@ -213,7 +215,9 @@ class RecommendingModel(PaddedModel):
                 "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
                 f"{row}. Leave unknown candidates out."
             )
-        popularity = self.model_inputs.training_data.popularity(index, ids_of(index))
+        # Without vocabularies, all queries are known.
+        needs_popularity = by_popularity or bool(self.vocabularies)
+        popularity = self.model_inputs.training_data.popularity(index, ids_of(index)) if needs_popularity else None
         if by_popularity and popularity is None:
             raise ValueError(
                 "`by_popularity` needs the number of rows of each candidate in the training data. Received: a model "
@@ -290,8 +294,8 @@ class RecommendingModel(PaddedModel):
         exclude_ids, include_ids = vocabularies.encode_ids(exclude_ids), vocabularies.encode_ids(include_ids)
         limits = check_limits(exclude_ids, include_ids, include_mask, number, self._index().num_candidates)
         training_data = self.model_inputs.training_data
-        leaves_out_seen = self.exclude_seen if exclude_seen is None else exclude_seen
-        query_ids = self.model_inputs.query_ids(features) if leaves_out_seen and training_data.has_seen else None
+        leaves_out_seen = self._leaves_out_seen(exclude_seen) and training_data.has_seen
+        query_ids = self.model_inputs.query_ids(features) if leaves_out_seen else None
         return CheckedQueries(features, limits, number, query_ids, training_data)
 
     def _ranks_of_features(self) -> dict[str, int]:

@@ -56,6 +56,14 @@ class PaddedModel(RecoveringModel):
             and bool(self.corpus_metrics)
         )
 
+    def _leaves_out_seen(self, exclude_seen: bool | None) -> bool:
+        """Returns whether lists leave out what a query has seen, as an argument says, or by default the model."""
+        return self.exclude_seen if exclude_seen is None else exclude_seen
+
+    def _evaluation(self, exclude_seen: bool | None = None) -> Purpose:
+        """Returns the purpose of batches for an evaluation."""
+        return Purpose(leaves_out_seen=self._leaves_out_seen(exclude_seen), ranks=self.ranks_in_evaluation)
+
     def refresh_index(self) -> None:
         """Refreshes the index of a feature tower, if the tower has changed since.
 
@@ -150,7 +158,7 @@ class PaddedModel(RecoveringModel):
                 self.model_inputs.retrieval.check_can_refresh()
             validation_data = validation_inputs.batches(
                 *keras.utils.unpack_x_y_sample_weight(validation_data),
-                purpose=Purpose(leaves_out_seen=self.exclude_seen, ranks=self.ranks_in_evaluation),
+                purpose=self._evaluation(),
                 batch_size=validation_batch_size or batch_size,
                 steps=validation_steps,
             )
@@ -218,8 +226,7 @@ class PaddedModel(RecoveringModel):
         if within_fit:
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
         self.model_inputs.vocabularies.skipped.reset()
-        leaves_out_seen = self.exclude_seen if exclude_seen is None else exclude_seen
-        purpose = Purpose(leaves_out_seen=leaves_out_seen, ranks=self.ranks_in_evaluation)
+        purpose = self._evaluation(exclude_seen)
         x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
         with WeightGuard(self) as guard:
@@ -290,9 +297,7 @@ class PaddedModel(RecoveringModel):
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
-        x, y, sample_weight = self.model_inputs.batch(
-            x, y, sample_weight, ranks=self.ranks_in_evaluation, leaves_out_seen=self.exclude_seen
-        )
+        x, y, sample_weight = self.model_inputs.batch(x, y, sample_weight, self._evaluation())
         check_mesh(self.variables)
         # Keras resets the metrics itself from 3.15 on.
         self.reset_metrics()
@@ -302,7 +307,7 @@ class PaddedModel(RecoveringModel):
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
         data = x
-        x, _, sample_weight = self.model_inputs.batch(x, queries_only=True)
+        x, _, sample_weight = self.model_inputs.batch(x, purpose=Purpose(queries_only=True))
         check_mesh(self.variables)
         with self._setting(_is_retrieving=True):
             outputs = super().predict_on_batch(x)

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 
 from keras_rs_contrib.arguments import check_type
-from keras_rs_contrib.columns import as_dict, names_in
-from keras_rs_contrib.names import NO_ROW, is_missing_name
+from keras_rs_contrib.columns import as_dict, names_in, rank
+from keras_rs_contrib.model.feature_names import FeatureNames
+from keras_rs_contrib.names import NO_ROW
 from keras_rs_contrib.vocabulary import UNKNOWN_ROW, Vocabulary
 
 # What `unknown_candidates` of a model may be.
@@ -64,18 +65,14 @@ class Vocabularies:
 
     Attributes:
         by_feature: the vocabulary of each feature that has one.
-        candidate_id: the feature with the ids of candidates, or `None`.
-        of_ids: the features with rows of candidate ids, which have the vocabulary of `candidate_id`.
-        negatives: the one of them whose candidates are negatives, or `None`.
+        names: the names of the features. Those with rows of candidate ids have the vocabulary of `candidate_id`.
         unknown_candidates: "error", or "skip" for a weight of 0 in place of an error.
         skipped: counts the rows that are skipped.
         are_rows: whether features hold rows already, in place of names.
     """
 
     by_feature: dict[str, Vocabulary]
-    candidate_id: str | None
-    of_ids: tuple[str, ...]
-    negatives: str | None = None
+    names: FeatureNames
     unknown_candidates: str = "error"
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
     are_rows: bool = False
@@ -83,7 +80,7 @@ class Vocabularies:
     @property
     def of_candidates(self) -> Vocabulary | None:
         """The vocabulary of candidate ids, or `None` if they are rows already."""
-        return None if self.candidate_id is None else self.by_feature.get(self.candidate_id)
+        return None if self.names.candidate_id is None else self.by_feature.get(self.names.candidate_id)
 
     def encode(self, features: Any, names: Iterable[str]) -> Any:
         """Returns features whose names are rows, and other features unchanged.
@@ -103,7 +100,8 @@ class Vocabularies:
         for name in dict.fromkeys(names):
             if name not in features:
                 continue
-            if name in self.of_ids and self.of_candidates is not None:
+            of_ids = (self.names.exclude, self.names.positives, self.names.negatives)
+            if name in of_ids and self.of_candidates is not None:
                 features[name] = self._encode_ids_of(name, features[name])
             elif name in self.by_feature:
                 features[name] = _encode_feature(name, self.by_feature[name], features[name])
@@ -113,12 +111,12 @@ class Vocabularies:
         """Returns a feature of candidate ids as rows."""
         assert self.of_candidates is not None
         rows = self.of_candidates.encode(values, padded=True)
-        if name == self.negatives and (rows == UNKNOWN_ROW).any():
+        if name == self.names.negatives and (rows == UNKNOWN_ROW).any():
             if self.unknown_candidates == "error":
                 place = int(np.argwhere(rows == UNKNOWN_ROW)[0][0])
                 raise ValueError(
-                    f"The feature {name!r} must hold names of the vocabulary of {self.candidate_id!r}. Received: an "
-                    f"unknown name in row {place}. Leave it out, or create the model with unknown_candidates='skip'."
+                    f"The feature {name!r} must hold names of the vocabulary of {self.names.candidate_id!r}. Received: "
+                    f"an unknown name in row {place}. Leave it out, or create the model with unknown_candidates='skip'."
                 )
             # Row 0 would be trained.
             rows[rows == UNKNOWN_ROW] = NO_ROW
@@ -149,8 +147,8 @@ class Vocabularies:
         if self.unknown_candidates == "error":
             place = "" if number is None else f" of batch {number}"
             raise ValueError(
-                f"The feature {self.candidate_id!r} must hold names of its vocabulary. Received: {first!r} in row "
-                f"{unknown[0]}{place}, and {unknown.size} unknown names in all. Leave such rows out, or create the "
+                f"The feature {self.names.candidate_id!r} must hold names of its vocabulary. Received: {first!r} in "
+                f"row {unknown[0]}{place}, and {unknown.size} unknown names in all. Leave such rows out, or create the "
                 "model with unknown_candidates='skip'."
             )
         self.skipped.example = first
@@ -201,19 +199,10 @@ class Vocabularies:
 def _encode_feature(name: str, vocabulary: Vocabulary, values: Any) -> np.ndarray[Any, Any]:
     """Returns a column of names as rows. Rows of several names, such as histories, may have padding."""
     try:
-        if _has_rows_of_names(values):
-            return vocabulary.encode(values, padded=True)
-        return vocabulary.encode(values)
+        return vocabulary.encode(values, padded=rank(values) > 1)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"The feature {name!r} must hold names of its vocabulary. {error}") from error
-
-
-def _has_rows_of_names(values: Any) -> bool:
-    if hasattr(values, "shape") and len(values.shape) != 1:
-        return len(values.shape) > 1
-    first = next((value for value in values if not is_missing_name(value)), None)
-    return not isinstance(first, (str, bytes)) and hasattr(first, "__len__")
 
 
 def check_action(unknown_candidates: Any) -> str:
