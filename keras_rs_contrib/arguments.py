@@ -19,8 +19,17 @@ R = TypeVar("R")
 
 def positive_int(value: Any, name: str) -> int:
     """Returns `value` as an int, or raises `ValueError` if it is not a positive integer."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}. Pass 1 or more.")
+    return _int_of(value, name, 1, "a positive int")
+
+
+def non_negative_int(value: Any, name: str) -> int:
+    """Returns `value` as an int, or raises `ValueError` if it is not an integer of at least 0."""
+    return _int_of(value, name, 0, "an int of at least 0")
+
+
+def _int_of(value: Any, name: str, least: int, what: str) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}. Pass {least} or more.")
     return int(value)
 
 

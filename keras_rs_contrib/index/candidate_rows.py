@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 from jax import numpy as jnp
 from keras import ops
 
+from keras_rs_contrib.arguments import known_values
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.exchange import Exchange
 
@@ -36,12 +36,16 @@ def rows_of_ids(ids: Any, id_lookup: Any, num_candidates: int) -> Any:
     return ops.where(known, ops.take(id_lookup[1], places, axis=0), num_candidates)
 
 
-def check_known(candidate_ids: Any, rows: Any, is_none: Any, num_candidates: int) -> None:
-    """Raises `ValueError` if no candidate has one of the ids, unless they are traced."""
-    if isinstance(rows, jax.core.Tracer):
-        return
-    unknown = ops.convert_to_numpy(ops.logical_and(ops.equal(rows, num_candidates), ops.logical_not(is_none)))
-    if unknown.any():
+def check_known(candidate_ids: Any, is_unknown: Any, num_candidates: int) -> None:
+    """Raises `ValueError` if no candidate has one of the ids, unless they are traced.
+
+    Args:
+        candidate_ids: `[num_queries, n]` int32.
+        is_unknown: `[num_queries, n]` bool.
+        num_candidates: the number of candidates.
+    """
+    unknown = known_values(is_unknown)
+    if unknown is not None and unknown.any():
         row, column = np.argwhere(unknown)[0]
         raise ValueError(
             "`candidate_ids` must be ids of candidates. Received: "
@@ -52,13 +56,15 @@ def check_known(candidate_ids: Any, rows: Any, is_none: Any, num_candidates: int
 
 def side_by_side(num_queries: Any, *ids: Any) -> Any:
     """Returns `[num_queries, n]` int32, or `None`: the ids of lists for all queries, or for each, or `None`."""
+    given = [each for each in ids if each is not None and each.shape[-1]]
+    # On the host, nothing is compiled.
+    on_host = all(isinstance(each, np.ndarray) for each in given)
+    numpy = np if on_host else ops
     rows = []
-    for each in ids:
-        if each is None or not each.shape[-1]:
-            continue
-        each = ops.convert_to_tensor(each, dtype="int32")
-        rows.append(each if len(each.shape) == 2 else ops.broadcast_to(each, (num_queries, each.shape[0])))
-    return ops.concatenate(rows, axis=1) if len(rows) > 1 else rows[0] if rows else None
+    for each in given:
+        each = each.astype("int32") if on_host else ops.convert_to_tensor(each, dtype="int32")
+        rows.append(each if len(each.shape) == 2 else numpy.broadcast_to(each, (num_queries, each.shape[0])))
+    return numpy.concatenate(rows, axis=1) if len(rows) > 1 else rows[0] if rows else None
 
 
 def ids_of_rows(rows: Any, candidate_ids: Any) -> Any:

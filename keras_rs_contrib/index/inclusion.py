@@ -145,7 +145,7 @@ def _of_ids(ids: Any, rows: Rows) -> Inclusion:
     is_shared = len(ids.shape) == 1
     num_listed = ids.shape[-1]
     if num_listed <= max(1, rows.max_gathered(is_shared)):
-        return Inclusion(listed_ids=_with_common_length(ids))
+        return Inclusion(listed_ids=with_common_length(ids))
     if is_known(ids) and (is_shared or num_listed >= rows.num_candidates - rows.max_dropped):
         # On the host, where it can be counted.
         id_lookup = None if rows.id_lookup is None else ops.convert_to_numpy(rows.id_lookup)
@@ -169,9 +169,9 @@ def _of_mask(mask: Any, rows: Rows) -> Inclusion:
         mask = mask[0]
     counts = np.count_nonzero(mask, axis=-1)
     if np.max(counts, initial=0) <= max(1, rows.max_gathered(mask.ndim == 1)):
-        return Inclusion(listed_ids=_with_common_length(rows.ids(_columns(mask))))
+        return Inclusion(listed_ids=with_common_length(rows.ids(_columns(mask))))
     if rows.num_candidates - np.min(counts) <= rows.max_dropped:
-        return Inclusion(dropped_ids=rows.ids(_columns(~mask)))
+        return Inclusion(dropped_ids=with_common_length(rows.ids(_columns(~mask))))
     if mask.ndim == 1:
         return Inclusion(excluded=np.pad(~mask, (0, rows.num_rows - len(mask)), constant_values=True))
     return Inclusion(included=np.pad(mask, ((0, 0), (0, rows.num_rows - mask.shape[1]))))
@@ -184,7 +184,7 @@ def is_known(array: Any) -> bool:
     return keras.backend.backend() == "jax" or not ops.is_tensor(array) or hasattr(array, "numpy")
 
 
-def _with_common_length(ids: Any) -> Any:
+def with_common_length(ids: Any) -> Any:
     """Returns known ids padded with -1 to a power of two, so that lists of many lengths share a compiled program."""
     if not is_known(ids):
         return ids if ids.shape[-1] else ops.full((*ids.shape[:-1], 1), NO_CANDIDATE, dtype="int32")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,14 +14,15 @@ from keras import ops
 from keras_rs_contrib.arguments import check_type, explains_keywords, positive_int
 from keras_rs_contrib.ids import NO_CANDIDATE, IdArguments, check_exclude_ids, to_int32
 from keras_rs_contrib.index import top_k
-from keras_rs_contrib.index.candidate_rows import check_known, excluded_rows, rows_of_ids, side_by_side
+from keras_rs_contrib.index.candidate_rows import check_known, excluded_rows, side_by_side
 from keras_rs_contrib.index.candidate_store import CandidateStore, check_candidates, check_k
 from keras_rs_contrib.index.corpus import as_arrays, rows_of_names
 from keras_rs_contrib.index.exchange import Exchange, on_mesh
 from keras_rs_contrib.index.inclusion import Inclusion, Rows, check_only_one, check_shape, inclusion
-from keras_rs_contrib.index.listed_candidates import ranks_of_listed, top_k_of_listed
-from keras_rs_contrib.index.ranks import ranks
-from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, Search
+from keras_rs_contrib.index.listed_candidates import top_k_of_listed
+from keras_rs_contrib.index.ranks_of_ids import ranks_of_ids
+from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, Search, check_recall_target
+from keras_rs_contrib.index.sizes import MIN_K, Request, as_array, cut, padded_call, padded_size
 from keras_rs_contrib.scores import check_similarity, score_matrix
 from keras_rs_contrib.tables.layout import table_layout
 from keras_rs_contrib.vocabulary import Vocabulary
@@ -96,7 +96,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         check_type("candidate_tower", candidate_tower, keras.layers.Layer)
         k = positive_int(k, "k")
         block_size = None if block_size is None else positive_int(block_size, "block_size")
-        _check_recall_target(recall_target)
+        check_recall_target(recall_target)
         check_similarity(similarity)
         excluded = check_exclude_ids(exclude_ids)
         candidates = as_arrays(candidates, vocabularies or {})
@@ -143,7 +143,13 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
                 "Name excluded ids, `index(queries, exclude_ids=...)`; for another `k`, use `index.find(queries, k)`."
             )
         check_only_one(kwargs.get("include_ids"), None)
-        return super().__call__(*args, **kwargs)
+        arguments = {**kwargs, **({"query_embeddings": args[0]} if args else {})}
+        for name in self.id_arguments:
+            if arguments.get(name) is not None:
+                arguments[name] = to_int32(arguments[name], name)
+        result = super().__call__(**padded_call(arguments))
+        num_queries = getattr(arguments.get("query_embeddings"), "shape", (None,))[0]
+        return keras.tree.map_structure(lambda each: cut(each, (num_queries, self.k)), result)
 
     def call(self, query_embeddings: Any, *, exclude_ids: Any = None, include_ids: Any = None) -> Any:
         """Returns the candidates with the highest scores for each query.
@@ -202,12 +208,25 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         if not isinstance(query_embeddings, jax.core.Tracer):
             self.warn_if_stale()
         k = check_k(k, self.num_candidates)
-        search, limits = self._search(), self._inclusion(query_embeddings, include_ids, include_mask)
-        queries = on_mesh(query_embeddings, search.layout)
+        assert self.num_candidates is not None
+        request = Request(
+            query_embeddings, exclude_ids=exclude_ids, include_ids=include_ids, include_mask=include_mask
+        ).padded(self.num_candidates)
+        # The `k` of the index has a program of its own.
+        num_found = min(padded_size(k, MIN_K), self.num_candidates) if request.is_padded and k != self.k else k
+        results = self._top_k(request, num_found)
+        if request.is_padded:
+            results = tuple(cut(result, (query_embeddings.shape[0], k)) for result in results)
+        scores, ids = results
+        return scores, ids
+
+    def _top_k(self, request: Request, k: int) -> tuple[Any, Any]:
+        search, limits = self._search(), self._inclusion(request)
+        queries = on_mesh(request.queries, search.layout)
         table = ops.convert_to_tensor(self.candidate_embeddings)
         candidate_ids = _value_on_mesh(self.candidate_ids, search)
         if limits.listed_ids is not None:
-            scores, ids = top_k_of_listed(
+            return top_k_of_listed(  # type: ignore[no-any-return]
                 queries,
                 table,
                 on_mesh(limits.listed_ids, search.layout),
@@ -215,15 +234,14 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
                 search=search,
                 candidate_ids=candidate_ids,
                 id_lookup=_value_on_mesh(self.id_lookup, search),
-                exclude_ids=on_mesh(exclude_ids, search.layout),
+                exclude_ids=on_mesh(request.exclude_ids, search.layout),
                 own_exclude_ids=self._own_exclude_ids(),
             )
-            return scores, ids
         # A mask that is needed anyway costs no more with the ids of the index.
         drops_own = limits.excluded is None and len(self.exclude_ids) <= MAX_DROPPED
         own = self._own_exclude_ids() if drops_own else None
-        exclude_ids = side_by_side(ops.shape(query_embeddings)[0], exclude_ids, limits.dropped_ids, own)
-        scores, ids = top_k.top_k(
+        exclude_ids = side_by_side(ops.shape(queries)[0], request.exclude_ids, limits.dropped_ids, own)
+        return top_k.top_k(  # type: ignore[no-any-return]
             queries,
             table,
             k=k,
@@ -233,7 +251,6 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             excluded=None if drops_own else self._excluded_rows(limits),
             included=limits.included,
         )
-        return scores, ids
 
     @explains_keywords
     def ranks(
@@ -269,12 +286,12 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             raise NotImplementedError(
                 f"`ranks` needs the JAX backend. Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
-        query_embeddings = ops.convert_to_tensor(query_embeddings)
+        query_embeddings = as_array(query_embeddings)
         if not self.built:
             self.build(query_embeddings.shape)
-        candidate_ids = ops.convert_to_tensor(to_int32(candidate_ids, "candidate_ids"))
+        candidate_ids = to_int32(candidate_ids, "candidate_ids")
         if exclude_ids is not None:
-            exclude_ids = ops.convert_to_tensor(to_int32(exclude_ids, "exclude_ids"))
+            exclude_ids = to_int32(exclude_ids, "exclude_ids")
         self._check_queries(query_embeddings, exclude_ids)
         if not isinstance(query_embeddings, jax.core.Tracer):
             self.warn_if_stale()
@@ -285,28 +302,34 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
                 f"shape {shape} for {query_embeddings.shape[0]} queries. Pass a flat list, or rows filled with "
                 f"{NO_CANDIDATE}."
             )
-        search, limits = self._search(), self._inclusion(query_embeddings, include_ids, include_mask)
-        num_candidates = search.num_candidates
-        ids = candidate_ids if len(shape) == 2 else ops.expand_dims(candidate_ids, 1)
-        id_lookup = _value_on_mesh(self.id_lookup, search)
-        rows, is_none = rows_of_ids(ids, id_lookup, num_candidates), ops.equal(ids, NO_CANDIDATE)
-        check_known(ids, rows, is_none, num_candidates)
-        exclude_ids = side_by_side(ids.shape[0], exclude_ids, limits.dropped_ids)
-        exclude_rows = None if exclude_ids is None else rows_of_ids(exclude_ids, id_lookup, num_candidates)
-        queries = on_mesh(query_embeddings, search.layout)
-        table = ops.convert_to_tensor(self.candidate_embeddings)
-        rows, exclude_rows = on_mesh(rows, search.layout), on_mesh(exclude_rows, search.layout)
-        if limits.listed_ids is not None:
-            listed_ids, own = on_mesh(limits.listed_ids, search.layout), self._own_exclude_ids()
-            result = ranks_of_listed(queries, table, rows, listed_ids, search, id_lookup, exclude_rows, own)
-        else:
-            excluded = self._excluded_rows(limits)
-            result = ranks(queries, table, rows, search, exclude_rows, excluded, limits.included)
-        if exclude_ids is not None:
-            is_excluded = on_mesh(top_k.contains(exclude_ids, ids), search.layout)
-            result = ops.where(is_excluded, num_candidates, result)
-        result = ops.where(on_mesh(is_none, search.layout), NO_CANDIDATE, result)
+        num_candidates = self.num_candidates
+        assert num_candidates is not None
+        ids = candidate_ids if len(shape) == 2 else candidate_ids[:, None]
+        request = Request(query_embeddings, ids, exclude_ids, include_ids, include_mask).padded(num_candidates)
+        result = self._ranks(request)
+        if request.is_padded:
+            return cut(result, shape)
         return ops.reshape(result, shape)
+
+    def _ranks(self, request: Request) -> Any:
+        search, limits = self._search(), self._inclusion(request)
+        ids = request.candidate_ids
+        exclude_ids = side_by_side(ids.shape[0], request.exclude_ids, limits.dropped_ids)
+        is_listed = limits.listed_ids is not None
+        result, is_unknown = ranks_of_ids(
+            on_mesh(request.queries, search.layout),
+            ops.convert_to_tensor(self.candidate_embeddings),
+            on_mesh(ids, search.layout),
+            search=search,
+            id_lookup=_value_on_mesh(self.id_lookup, search),
+            exclude_ids=on_mesh(exclude_ids, search.layout),
+            excluded=None if is_listed else self._excluded_rows(limits),
+            included=limits.included,
+            listed_ids=on_mesh(limits.listed_ids, search.layout),
+            own_exclude_ids=self._own_exclude_ids() if is_listed else None,
+        )
+        check_known(ids, is_unknown, search.num_candidates)
+        return result
 
     def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
         """Returns the `[num_queries, num_candidates]` float32 scores by which the index ranks."""
@@ -369,7 +392,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             layout=table_layout(self.candidate_embeddings),
         )
 
-    def _inclusion(self, query_embeddings: Any, include_ids: Any, include_mask: Any) -> Inclusion:
+    def _inclusion(self, request: Request) -> Inclusion:
         layout, table = table_layout(self.candidate_embeddings), self.candidate_embeddings
         assert self.num_candidates is not None
         rows = Rows(
@@ -380,7 +403,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             id_lookup=self.id_lookup,
             max_dropped=max(0, MAX_DROPPED - len(self.exclude_ids)),
         )
-        return inclusion(include_ids, include_mask, query_embeddings.shape[0], rows)
+        return inclusion(request.include_ids, request.include_mask, request.queries.shape[0], rows)
 
     def _excluded_rows(self, limits: Inclusion) -> Any:
         """Returns the mask of the rows that no query finds, `[num_rows]` bool, or `None` if there are none."""
@@ -414,17 +437,3 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
 
 def _value_on_mesh(variable: keras.Variable | None, search: Search) -> Any:
     return None if variable is None else on_mesh(variable.value, search.layout)
-
-
-def _check_recall_target(recall_target: Any) -> None:
-    if recall_target is None:
-        return
-    if (
-        not isinstance(recall_target, numbers.Real)
-        or isinstance(recall_target, bool)
-        or not 0 < float(recall_target) <= 1
-    ):
-        raise ValueError(
-            "`recall_target` must be a share in (0, 1]. Received: "
-            f"recall_target={recall_target!r}. Pass 0.95, for instance, or None for the exact top-k."
-        )

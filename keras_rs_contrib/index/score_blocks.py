@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,21 @@ class Search:
     block_size: int = BLOCK_SIZE
     recall_target: float | None = None
     layout: TableLayout | None = None
+
+
+def check_recall_target(recall_target: Any) -> None:
+    """Raises `ValueError` if `recall_target` is neither `None` nor a number in (0, 1]."""
+    if recall_target is None:
+        return
+    if (
+        not isinstance(recall_target, numbers.Real)
+        or isinstance(recall_target, bool)
+        or not 0 < float(recall_target) <= 1
+    ):
+        raise ValueError(
+            "`recall_target` must be a share in (0, 1]. Received: "
+            f"recall_target={recall_target!r}. Pass 0.95, for instance, or None for the exact top-k."
+        )
 
 
 def to_keys(scores: Any, numpy: Any = jnp) -> Any:

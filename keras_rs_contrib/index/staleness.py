@@ -39,8 +39,9 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
     # The features of the tower, of which the candidates may have more, or `None` if they are unknown.
     _features: str | list[str] | None = None
     _tied = False
-    # Which arrays the weights of the tower were when their checksum was computed last, and whether the index was stale.
-    _staleness: tuple[list[Any], bool] = ([], False)
+    # Which arrays the weights of the tower were when their checksum was computed last, and whether the index was stale,
+    # which is `None` if that is unknown.
+    _staleness: tuple[list[Any], bool | None] = ([], False)
 
     def refresh(self, *, verbose: int | str = "auto") -> None:
         """Computes the index again. Defined by a subclass."""
@@ -116,22 +117,39 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
 
     def warn_if_stale(self) -> None:
         """Warns if the index is stale. Compiled programs cannot tell, and nothing happens while they are traced."""
-        if self.tower_checksum is None or keras.backend.backend() != "jax":
-            return
+        if keras.backend.backend() == "jax" and self._was_seen_stale():
+            warnings.warn(stale_index("results are those of the old tower"), stacklevel=2)
+
+    @property
+    def may_be_stale(self) -> bool:
+        """Whether `refresh_if_stale` may have something to do."""
+        if self.tower_checksum is None:
+            return False
+        # Other backends assign in place.
+        return keras.backend.backend() != "jax" or self._was_seen_stale(if_unknown=True)
+
+    def _was_seen_stale(self, if_unknown: bool = False) -> bool:
+        """Returns whether the index is stale. Computes a checksum only after a weight of the tower has changed.
+
+        Args:
+            if_unknown: the result if it is unknown which weights computed the index, or while these are traced.
+        """
+        if self.tower_checksum is None:
+            return False
         variables = [*self.candidate_tower.weights, self.tower_checksum]
         if not all(map(_keras.has_value, variables)):
-            return
+            return if_unknown
         values = [variable.value for variable in variables]
         if any(isinstance(value, jax.core.Tracer) for value in values):
-            return
-        # Each assignment makes a new array: a checksum is computed only after one.
+            return if_unknown
+        # Each assignment makes a new array.
         seen, is_stale = self._staleness
         if len(seen) != len(values) or any(ref() is not value for ref, value in zip(seen, values, strict=True)):
             with jax.ensure_compile_time_eval():
-                is_stale = self.is_stale
+                is_known = ops.convert_to_numpy(self.tower_checksum).any()
+                is_stale = self.is_stale if is_known else None
             object.__setattr__(self, "_staleness", ([weakref.ref(value) for value in values], is_stale))
-        if is_stale:
-            warnings.warn(stale_index("results are those of the old tower"), stacklevel=2)
+        return if_unknown if is_stale is None else is_stale
 
     def check_can_refresh(self) -> None:
         """Raises `ValueError` if training would make the index stale with no way to refresh it."""

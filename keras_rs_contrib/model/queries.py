@@ -12,6 +12,7 @@ from keras import ops
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.columns import rank
 from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
+from keras_rs_contrib.index import sizes
 from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.training_data import TrainingData
@@ -52,6 +53,8 @@ class CheckedQueries(NamedTuple):
         }
         if self.query_ids is not None:
             seen, own = self.training_data.seen(self.query_ids[rows], kept_ids), limits["exclude_ids"]
+            # The rest is padding, which would make the rows longer than a warm-up expects.
+            seen = seen[:, : np.flatnonzero((seen != NO_CANDIDATE).any(axis=0)).max(initial=-1) + 1]
             limits["exclude_ids"] = seen if own is None else np.concatenate([own, seen], axis=1)
         return limits
 
@@ -65,9 +68,10 @@ class CheckedQueries(NamedTuple):
         """Returns the results of `function` for all queries, called with some of them at a time.
 
         Args:
-            function: takes features, limits and rows of `arrays`, and returns arrays with a row for each query.
+            function: takes features, limits and rows of `arrays`, padded to a power of two, and returns arrays with a
+                row for each query.
             verbose: 1 for a progress bar, 0 for none, `"auto"` for one if there are many queries.
-            *arrays: `[num_queries, ...]`.
+            *arrays: `[num_queries, n]` int32 ids.
             kept_ids: as in `TrainingData.seen`.
         """
         if verbose == "auto":
@@ -77,16 +81,20 @@ class CheckedQueries(NamedTuple):
         if self.query_ids is not None:
             widths.append(self.training_data.max_seen)
         at_once = max(1, min(QUERIES_AT_ONCE, MAX_VALUES_AT_ONCE // max(1, *widths, 1)))
-        parts = []
-        # At least once, for the shapes of the result.
-        for start in range(0, max(self.number, 1), at_once):
-            rows = slice(start, start + at_once)
-            features = {name: values[rows] for name, values in self.features.items()}
-            limits = self.limits_of(rows, None if kept_ids is None else kept_ids[rows])
-            results = function(features, limits, *(array[rows] for array in arrays))
-            parts.append([np.asarray(result) for result in results])
-            progress.update(min(start + at_once, self.number))
-        return [np.concatenate(results) for results in zip(*parts, strict=True)]
+        results, start = [], 0
+        for size, padded in sizes.parts(self.number, at_once):
+            rows = slice(start, start + size)
+            start += size
+            features = {name: sizes.pad_rows(values[rows], padded) for name, values in self.features.items()}
+            limits = {
+                name: limit if limit is None or limit.ndim == 1 else sizes.pad_rows(limit, padded)
+                for name, limit in self.limits_of(rows, None if kept_ids is None else kept_ids[rows]).items()
+            }
+            padded_arrays = (sizes.pad_rows(array[rows], padded, NO_CANDIDATE) for array in arrays)
+            found = function(features, limits, *padded_arrays)
+            results.append([np.asarray(each)[:size] for each in found])
+            progress.update(start)
+        return [np.concatenate(each) for each in zip(*results, strict=True)]
 
 
 def as_features(values: Any, names: list[str]) -> Any:
@@ -195,6 +203,10 @@ def metrics_of_ranks(metrics: Iterable[RankMetric], ranks: np.ndarray[Any, Any])
         ranks: as in `RankMetric.update_state`.
     """
     result = {}
+    # Rows and columns of -1 do not count.
+    ranks = sizes.pad_columns(ranks, sizes.padded_size(ranks.shape[1]))
+    missing = sizes.padded_size(len(ranks)) - len(ranks)
+    ranks = sizes.to_device(np.pad(ranks, ((0, missing), (0, 0)), constant_values=NO_CANDIDATE))
     for metric in metrics:
         check_type("metrics", metric, RankMetric)
         metric = type(metric).from_config(metric.get_config())

@@ -11,10 +11,13 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import columns
-from keras_rs_contrib.arguments import explains_keywords
+from keras_rs_contrib.arguments import explains_keywords, non_negative_int, positive_int
+from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
+from keras_rs_contrib.index.sizes import MIN_EXCLUDED, MIN_K, padded_size, sizes_up_to, to_device
 from keras_rs_contrib.metrics import RankMetric
+from keras_rs_contrib.model.access import shared
 from keras_rs_contrib.model.feature_names import FeatureNames
 from keras_rs_contrib.model.finite_loss import no_embedding
 from keras_rs_contrib.model.queries import (
@@ -93,6 +96,7 @@ class RecommendingModel(PaddedModel):
         super().__setattr__(name, value)
 
     @explains_keywords
+    @shared
     def recommend(
         self,
         query_features: Any,
@@ -166,6 +170,7 @@ class RecommendingModel(PaddedModel):
         )
 
     @explains_keywords
+    @shared
     def evaluate_queries(
         self,
         query_features: dict[str, Any],
@@ -240,6 +245,78 @@ class RecommendingModel(PaddedModel):
         (ranks,) = queries.search(rank, verbose, positive_ids, kept_ids=positive_ids)
         return metrics_of_ranks(self.corpus_metrics if metrics is None else metrics, ranks)
 
+    @explains_keywords
+    @shared
+    def warm_up(
+        self,
+        num_queries: int = 64,
+        num_exclude_ids: int = 32,
+        *,
+        k: int | None = None,
+        verbose: int | str = "auto",
+    ) -> int:
+        """Compiles what `recommend` runs, so that no request of up to the given sizes has to wait for it.
+
+        Requests are padded to sizes that are powers of two, for which few programs are enough. Without a warm-up, the
+        first request of each size compiles. So does the first one with `include_ids` or `include_mask`.
+
+        Args:
+            num_queries: the largest number of queries of a request.
+            num_exclude_ids: the largest number of excluded ids of a query, besides those that it has seen.
+            k: the largest `k` of a request. By default, requests have the `k` of the index.
+            verbose: 1 for a progress bar, 0 for none, `"auto"` for one.
+
+        Returns:
+            The number of programs, one for each combination of sizes.
+
+        Raises:
+            ValueError: if a number is negative, `k` exceeds the number of candidates, or the model has no index, or has
+                not seen a batch yet.
+
+        Example:
+        ```python
+        model = TwoTowerModel(
+            keras.layers.Embedding(100, 16),
+            keras.layers.Embedding(50, 16),
+            query_features="user_id",
+            candidate_features="movie_id",
+        )
+        model.recommend({"user_id": 42}, k=10)
+        model.warm_up(num_queries=4, num_exclude_ids=0)  # 3 programs, for 1, 2 and 4 queries
+        ```
+        """
+        index = self._index()
+        most = [positive_int(num_queries, "num_queries"), non_negative_int(num_exclude_ids, "num_exclude_ids")]
+        names = self.model_inputs.names.of_query
+        unseen = [name for name in names if name not in self._seen_features]
+        if unseen:
+            raise ValueError(
+                "A warm-up needs the shape and dtype of each feature, which the model learns from its first batch. "
+                f"Received: a model that has not seen {unseen}. Call it on a batch first, or train it."
+            )
+        if self._leaves_out_seen(None):
+            most[1] += self.model_inputs.training_data.max_seen
+        self.refresh_index()
+        assert index.num_candidates is not None
+        all_k = {index.k}
+        if k is not None:
+            all_k |= {min(size, index.num_candidates) for size in sizes_up_to(check_k(k, index.num_candidates), MIN_K)}
+        sizes = [
+            (size, num_excluded, each)
+            for size in sizes_up_to(most[0])
+            for num_excluded in [0, *sizes_up_to(most[1], MIN_EXCLUDED)]
+            for each in sorted(all_k)
+        ]
+        progress = keras.utils.Progbar(len(sizes), verbose=int(verbose != 0), unit_name="program")
+        for size, num_excluded, each in sizes:
+            shapes = {name: self._seen_features[name] for name in names}
+            features = {name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+            excluded = np.full((size, num_excluded), NO_CANDIDATE, "int32") if num_excluded else None
+            index.find(self._embed_queries(_on_device(features)), each, exclude_ids=excluded)
+            progress.add(1)
+        return len(sizes)
+
+    @shared
     def score(self, features: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Returns the score of each pair of a query and a candidate: for a model with `label`, the predicted label.
 
@@ -259,6 +336,10 @@ class RecommendingModel(PaddedModel):
         vocabularies = dataclasses.replace(inputs.vocabularies, unknown_candidates="skip", skipped=Skipped())
         inputs = dataclasses.replace(inputs, names=names, vocabularies=vocabularies)
         batches, parts = inputs.batches(features, batch_size=QUERIES_AT_ONCE), []
+        if isinstance(features, dict):
+            # Pairs of any number share few programs.
+            num_pairs = len(features[names.of_query[0]])
+            batches.multiple = padded_size(min(num_pairs, QUERIES_AT_ONCE))
         for x, _, sample_weight in batches:
             queries = self._embed_queries(x, False)
             candidates = columns.select(x, self.candidate_features)
@@ -291,12 +372,19 @@ class RecommendingModel(PaddedModel):
             # Its rows may differ in length.
             features = {name: values for name, values in features.items() if name != names.exclude}
         features, number = self.model_inputs.queries(features)
+        features = {name: self._with_seen_dtype(name, values) for name, values in features.items()}
         exclude_ids, include_ids = vocabularies.encode_ids(exclude_ids), vocabularies.encode_ids(include_ids)
         limits = check_limits(exclude_ids, include_ids, include_mask, number, self._index().num_candidates)
         training_data = self.model_inputs.training_data
         leaves_out_seen = self._leaves_out_seen(exclude_seen) and training_data.has_seen
         query_ids = self.model_inputs.query_ids(features) if leaves_out_seen else None
         return CheckedQueries(features, limits, number, query_ids, training_data)
+
+    def _with_seen_dtype(self, name: str, values: Any) -> Any:
+        """Returns checked values with the dtype that the model has seen, if they differ in precision alone."""
+        dtype = self._seen_features.get(name, (None, values.dtype.name))[1]
+        is_same_kind = all("int" in each for each in (dtype, values.dtype.name))
+        return values.astype(dtype, copy=False) if is_same_kind else values
 
     def _ranks_of_features(self) -> dict[str, int]:
         """Returns the number of dimensions of one row of each feature that the model has seen."""
@@ -309,7 +397,7 @@ class RecommendingModel(PaddedModel):
 
         def embed(features: dict[str, Any]) -> Any:
             nonlocal num_before
-            embeddings = self._embed_queries(features)
+            embeddings = self._embed_queries(_on_device(features))
             wrong = np.flatnonzero(~np.isfinite(np.asarray(embeddings, "float32")).all(axis=-1))
             if wrong.size and self.check_inputs:
                 row = {name: values[wrong[0]] for name, values in features.items()}
@@ -329,3 +417,7 @@ class RecommendingModel(PaddedModel):
                 "Pass `retrieval=shard_candidates(BruteForceRetrieval(k=10), candidate_tower, candidates=...)`."
             )
         return self.retrieval
+
+
+def _on_device(features: dict[str, Any]) -> dict[str, Any]:
+    return {name: to_device(values) for name, values in features.items()}

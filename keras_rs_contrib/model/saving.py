@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import num_replicas
+from keras_rs_contrib.model.access import alone, shared
 from keras_rs_contrib.model.extending import extended
 from keras_rs_contrib.model.recommend import RecommendingModel
 from keras_rs_contrib.model.training_data import ARRAYS
@@ -33,6 +34,7 @@ class SavedModel(RecommendingModel):
     # Dtypes of the features while the model is called, by name.
     _dtypes: dict[str, str] | None = None
 
+    @shared
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, and notes the shapes and dtypes of the features."""
         dtypes = {}
@@ -167,11 +169,13 @@ class SavedModel(RecommendingModel):
         if not is_old:
             super().load_own_variables(store)
 
+    @shared
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         """Saves the weights: see `keras.Model.save_weights`. Raises `ValueError` if the model has none yet."""
         self._check_has_weights()
         super().save_weights(*args, **kwargs)
 
+    @alone
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         """Loads the weights: see `keras.Model.load_weights`. Raises `ValueError` if the model has none yet."""
         self._check_has_weights()

@@ -13,6 +13,7 @@ import numpy as np
 from keras_rs_contrib import _keras, batches, columns
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
+from keras_rs_contrib.model.access import Access, alone
 from keras_rs_contrib.model.baseline import check_seen, report_popularity, say_that_seen_are_ranked
 from keras_rs_contrib.model.callbacks import set_modes
 from keras_rs_contrib.model.failed_builds import RecoveringModel
@@ -41,6 +42,7 @@ class PaddedModel(RecoveringModel):
     corpus_metrics: list[Any]
     check_inputs: bool
     exclude_seen: bool
+    _access: Access
     _training_data: TrainingData
     _has_said_that_seen_are_ranked = False
     _validation_batches: batches.PaddedBatches | None = None
@@ -56,6 +58,12 @@ class PaddedModel(RecoveringModel):
             and bool(self.corpus_metrics)
         )
 
+    @property
+    def is_built(self) -> bool:
+        """Whether the layers that retrieve have their weights."""
+        layers = (self.query_tower, self.candidate_tower, self.model_inputs.retrieval)
+        return all(layer is None or layer.built for layer in layers)
+
     def _leaves_out_seen(self, exclude_seen: bool | None) -> bool:
         """Returns whether lists leave out what a query has seen, as an argument says, or by default the model."""
         return self.exclude_seen if exclude_seen is None else exclude_seen
@@ -70,9 +78,12 @@ class PaddedModel(RecoveringModel):
         Raises:
             ValueError: if the tower has changed in a loaded model, whose index does not hold the tower's inputs.
         """
-        if self.model_inputs.retrieval is not None:
-            self.model_inputs.retrieval.refresh_if_stale()
+        index = self.model_inputs.retrieval
+        if index is not None and index.may_be_stale:
+            with self._access.alone("refresh"):
+                index.refresh_if_stale()
 
+    @alone
     def fit(
         self,
         x: Any = None,
@@ -190,6 +201,7 @@ class PaddedModel(RecoveringModel):
             report_popularity(self, validation_data, validation_steps, history.history, verbose)
         return history
 
+    @alone
     def evaluate(
         self,
         x: Any = None,
@@ -245,6 +257,7 @@ class PaddedModel(RecoveringModel):
         self.model_inputs.vocabularies.skipped.warn()
         return logs
 
+    @alone
     def predict(
         self,
         x: Any,
@@ -280,6 +293,7 @@ class PaddedModel(RecoveringModel):
             outputs = keras.tree.map_structure(lambda output: output[~is_padding], outputs)
         return outputs
 
+    @alone
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
     ) -> Any:
@@ -294,6 +308,7 @@ class PaddedModel(RecoveringModel):
         self.reset_metrics()
         return super().train_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
+    @alone
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates one batch: see `keras.Model.test_on_batch`."""
         self.refresh_index()
@@ -303,6 +318,7 @@ class PaddedModel(RecoveringModel):
         self.reset_metrics()
         return super().test_on_batch(x, _keras.distributable_targets(y), sample_weight, return_dict=return_dict)
 
+    @alone
     def predict_on_batch(self, x: Any) -> Any:
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
