@@ -230,3 +230,15 @@ class LossPerExample(keras.Model):  # type: ignore[misc]
             logs = self.compute_metrics(x, y, y_pred, sample_weight)
         values = [scope.get_current_value(variable) for variable in self.metrics_variables]
         return logs, [old if new is None else new for new, old in zip(values, metrics_variables, strict=True)]
+
+    if keras.backend.backend() == "tensorflow":
+
+        def test_step(self, data: Any) -> dict[str, Any]:
+            """Evaluates a batch on TensorFlow."""
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            y_pred = self(x, training=False)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+            num_examples = ops.sum(ops.cast(ops.not_equal(sample_weight, 0), "float32"))
+            # 9. As above.
+            self._loss_tracker.update_state(loss, sample_weight=num_examples)
+            return self.compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[no-any-return]

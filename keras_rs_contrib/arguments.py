@@ -43,6 +43,16 @@ def check_type(name: str, value: Any, kind: type, optional: bool = False) -> Non
     )
 
 
+def check_can_train(method: str) -> None:
+    """Raises `NotImplementedError` if the backend is not JAX, for a method that trains."""
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise NotImplementedError(
+            f"Training needs the JAX backend. Received: {method} on {backend!r}. Set KERAS_BACKEND=jax to train; "
+            "the saved model answers requests on TensorFlow too."
+        )
+
+
 def differ(first: int | None, second: int | None) -> bool:
     """Returns whether two dimensions are known and different."""
     return first is not None and second is not None and first != second

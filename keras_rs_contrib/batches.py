@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -166,6 +167,8 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         self.prepare = prepare
         self.has_weights_only = has_weights_only
         self.sizes: list[tuple[int, int]] = []
+        # Raised while TensorFlow read the batches.
+        self._error: Exception | None = None
         # Creates the adapter of the same batches in the order of the data, or `None` if they are in this order.
         self.unshuffled_adapter: Callable[[], Any] | None = None
         # Like `prepare`, for `unshuffled`.
@@ -219,6 +222,43 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
             batch = keras.tree.map_structure(_with_jax_dtype, (x, y, sample_weight), none_is_leaf=False)
             yield batch[0], _keras.distributable_targets(batch[1]), batch[2]
 
+    def get_tf_dataset(self) -> Any:
+        """Returns a `tf.data.Dataset` of each epoch, for the TensorFlow backend."""
+        import tensorflow as tf
+
+        batches = iter(self)
+        # Checks the first batch here, where errors keep their type.
+        first: Any = _as_tuple(next(batches))
+
+        def epoch() -> Iterator[Any]:
+            nonlocal batches, first
+            try:
+                if first is not None:
+                    yield first
+                    yield from map(_as_tuple, batches)
+                    batches, first = iter(()), None
+                else:
+                    yield from map(_as_tuple, self)
+            except Exception as error:
+                self._error = error
+                raise
+
+        signature = keras.tree.map_structure(
+            lambda array: tf.TensorSpec((None, *array.shape[1:]), np.asarray(array).dtype), first
+        )
+        return tf.data.Dataset.from_generator(epoch, output_signature=signature)
+
+    @contextlib.contextmanager
+    def raising_own_errors(self) -> Iterator[None]:
+        """Raises an error about a batch as it is, and not as TensorFlow reports it."""
+        self._error = None
+        try:
+            yield
+        except Exception as error:
+            if self._error is None or self._error is error:
+                raise
+            raise self._error from None
+
     @property
     def num_batches(self) -> int | None:
         """The number of batches in an epoch, or `None` if it is unknown."""
@@ -238,6 +278,12 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     def on_epoch_end(self) -> None:
         """Tells the data that an epoch has ended."""
         self.adapter.on_epoch_end()
+
+
+def _as_tuple(batch: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """Returns a batch without `None`, which a `tf.data.Dataset` cannot hold."""
+    x, y, sample_weight = keras.tree.map_structure(np.asarray, batch, none_is_leaf=False)
+    return x, () if y is None else y, sample_weight
 
 
 def padded_size(size: int, multiple: int | None = None) -> int:

@@ -86,7 +86,7 @@ def test_another_backend_does_what_needs_no_devices():
     script = """
         import keras, keras_rs, numpy as np, sys
         from keras_rs_contrib import DistributedTwoTowerTask, NDCGAtK, StreamingSamplingProbability, TwoTowerModel
-        from keras_rs_contrib import pad_batches, shard_candidates
+        from keras_rs_contrib import RowSparseEmbedding, pad_batches, shard_candidates
         assert keras.backend.backend() == "tensorflow"
         queries = np.eye(3, 4, dtype="float32")
         loss = DistributedTwoTowerTask(num_hard_negatives=2, remove_accidental_hits=True)(
@@ -115,16 +115,26 @@ def test_another_backend_does_what_needs_no_devices():
         assert sampling(np.array([3, 0, 3, 1]), training=True).numpy().tolist() == [0.5, 0.25, 0.5, 0.25]
         assert np.isnan(sampling(np.array([4]), candidate_mask=np.array([False])).numpy()[0])
         assert [len(sample_weight) for _, _, sample_weight in pad_batches(np.arange(5), 4)] == [8]
+        model = TwoTowerModel(keras.layers.Embedding(3, 4), keras.layers.Embedding(3, 4), "a", "b")
+        model.compile("adam")
+        batch = {"a": np.arange(3), "b": np.arange(3)}
+        for train in (model.fit, model.train_on_batch):
+            try:
+                train(batch)
+            except NotImplementedError as error:
+                assert "Training needs the JAX backend" in str(error)
+            else:
+                raise AssertionError
+        assert index.ranks(queries, [1, 2, 0], exclude_ids=[[-1], [1], [-1]]).numpy().tolist() == [0, 0, 3]
+        for limits in ({"include_ids": [2, 1]}, {"include_mask": [False, True, True]}):
+            ranks = index.ranks(queries, [[1, -1], [1, 2], [1, 2]], **limits)
+            assert ranks.numpy().tolist() == [[0, -1], [0, 1], [1, 0]]
+        rows = keras.Sequential([RowSparseEmbedding(3, 4), keras.layers.Dense(1)])
+        rows.compile("sgd", "mse")
         try:
-            TwoTowerModel(tower, tower, "a", "b")
+            rows.fit(np.arange(3), np.ones(3), verbose=0)
         except NotImplementedError as error:
-            assert "JAX" in str(error)
-        else:
-            raise AssertionError
-        try:
-            index.ranks(queries, [0, 1, 2])
-        except NotImplementedError as error:
-            assert "JAX" in str(error)
+            assert "Training needs the JAX backend" in str(error)
         else:
             raise AssertionError
     """

@@ -7,7 +7,6 @@ its own, which is searched like the whole one. Lists for each query are read row
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,8 +19,8 @@ from keras import ops
 from keras_rs_contrib.index.candidate_rows import ids_of_rows, rows_of_ids
 from keras_rs_contrib.index.exchange import Exchange, gather_rows, on_shards
 from keras_rs_contrib.index.ranks import ranks
-from keras_rs_contrib.index.score_blocks import Search, in_blocks, to_keys
-from keras_rs_contrib.index.top_k import compiled, contains, results_of_rows, top_k
+from keras_rs_contrib.index.score_blocks import Search, compiled, in_blocks, to_keys
+from keras_rs_contrib.index.top_k import contains, results_of_rows, top_k
 from keras_rs_contrib.scores import to_comparable
 
 
@@ -76,7 +75,7 @@ def top_k_of_listed(
     return _padded_to(k, scores, ids)
 
 
-@functools.partial(jax.jit, static_argnames=("search",))
+@compiled
 def ranks_of_listed(
     query_embeddings: Any,
     table: Any,
@@ -104,6 +103,11 @@ def ranks_of_listed(
         NaN.
     """
     rows, is_listed = _listed_rows(include_ids, id_lookup, own_exclude_ids, search.num_candidates)
+    if keras.backend.backend() != "jax":
+        included = ops.where(is_listed, rows, search.num_candidates)
+        if len(rows.shape) == 1:
+            included = ops.broadcast_to(included, (ops.shape(target_rows)[0], rows.shape[0]))
+        return ranks(query_embeddings, table, target_rows, search, exclude_rows, None, included)
     places, is_known = _places(rows, is_listed, target_rows)
     if rows.ndim == 1:
         exclude_places = None

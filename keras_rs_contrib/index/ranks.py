@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
+import keras
 from jax import lax
 from jax import numpy as jnp
+from keras import ops
 
-from keras_rs_contrib.index.candidate_rows import excluded_in_block, rows_in_shard, split_of
+from keras_rs_contrib.index.candidate_rows import excluded_in_block, included_columns, rows_in_shard, split_of
 from keras_rs_contrib.index.exchange import Exchange, on_shards
-from keras_rs_contrib.index.score_blocks import Search, in_blocks, score_block, to_keys
+from keras_rs_contrib.index.score_blocks import Search, compiled, in_blocks, score_block, to_keys
+from keras_rs_contrib.scores import score_matrix
 
 
-@functools.partial(jax.jit, static_argnames=("search",))
+@compiled
 def ranks(
     query_embeddings: Any,
     table: Any,
@@ -44,6 +45,8 @@ def ranks(
         int32, shape of `target_rows`, 0 is best. `search.num_candidates` for a query with NaN, and for target rows that
         are no candidates, or left out by `excluded` or `included`.
     """
+    if keras.backend.backend() != "jax":
+        return _ranks_in_matrix(query_embeddings, table, target_rows, search, exclude_rows, excluded, included)
 
     def ranks_of_shard(
         exchange: Exchange,
@@ -106,3 +109,46 @@ def ranks(
     )
     has_nan = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
     return jnp.where(has_nan, search.num_candidates, counts).reshape(target_rows.shape)
+
+
+def _ranks_in_matrix(
+    query_embeddings: Any,
+    table: Any,
+    target_rows: Any,
+    search: Search,
+    exclude_rows: Any,
+    excluded: Any,
+    included: Any,
+) -> Any:
+    """Returns what `ranks` does on any backend, from the whole score matrix."""
+    num_candidates = search.num_candidates
+    keys = to_keys(score_matrix(query_embeddings, table, search.similarity)[:, :num_candidates], ops)
+    counts = ops.ones_like(keys, dtype="bool")
+    if excluded is not None:
+        counts = ops.logical_and(counts, ops.logical_not(ops.expand_dims(excluded[:num_candidates], 0)))
+    if included is not None:
+        counts = ops.logical_and(counts, included_columns(included, num_candidates))
+    # A target may be excluded, and is ranked among the others nevertheless.
+    among = counts
+    if exclude_rows is not None:
+        among = ops.logical_and(counts, ops.logical_not(included_columns(exclude_rows, num_candidates)))
+    targets = target_rows if len(target_rows.shape) == 2 else ops.expand_dims(target_rows, 1)
+    is_own = ops.logical_and(ops.greater_equal(targets, 0), ops.less(targets, num_candidates))
+    places = ops.clip(targets, 0, num_candidates - 1)
+    is_own = ops.logical_and(is_own, ops.take_along_axis(counts, places, axis=1))
+    target_keys = ops.take_along_axis(keys, places, axis=1)
+    rows = ops.expand_dims(ops.arange(num_candidates, dtype="int32"), 0)
+
+    def count(target: tuple[Any, Any]) -> Any:
+        key, row = (ops.expand_dims(each, 1) for each in target)
+        before = ops.logical_or(ops.greater(keys, key), ops.logical_and(ops.equal(keys, key), ops.less(rows, row)))
+        return ops.sum(ops.cast(ops.logical_and(before, among), "int32"), axis=1)
+
+    columns = (ops.transpose(target_keys), ops.transpose(places))
+    result = (
+        ops.transpose(ops.map(count, columns)) if targets.shape[1] != 1 else count((target_keys[:, 0], places[:, 0]))
+    )
+    result = ops.reshape(result, ops.shape(targets))
+    has_nan = ops.any(ops.isnan(query_embeddings), axis=1, keepdims=True)
+    in_list = ops.logical_and(is_own, ops.logical_not(has_nan))
+    return ops.reshape(ops.where(in_list, result, num_candidates), ops.shape(target_rows))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
 from keras import ops
 
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.candidate_rows import rows_of_ids
 from keras_rs_contrib.index.listed_candidates import ranks_of_listed
 from keras_rs_contrib.index.ranks import ranks
-from keras_rs_contrib.index.score_blocks import Search
+from keras_rs_contrib.index.score_blocks import Search, compiled
 from keras_rs_contrib.index.top_k import contains
 
 
-@functools.partial(jax.jit, static_argnames=("search",))
+@compiled
 def ranks_of_ids(
     query_embeddings: Any,
     table: Any,

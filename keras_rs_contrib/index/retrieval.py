@@ -282,11 +282,9 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             TypeError: if ids are not integers, or a mask is not of bools.
             ValueError: if shapes do not fit, or no candidate has an id.
         """
-        if keras.backend.backend() != "jax":
-            raise NotImplementedError(
-                f"`ranks` needs the JAX backend. Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
-            )
         query_embeddings = as_array(query_embeddings)
+        if keras.backend.backend() != "jax":
+            query_embeddings = ops.convert_to_tensor(query_embeddings)
         if not self.built:
             self.build(query_embeddings.shape)
         candidate_ids = to_int32(candidate_ids, "candidate_ids")
@@ -309,7 +307,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
         result = self._ranks(request)
         if request.is_padded:
             return cut(result, shape)
-        return ops.reshape(result, shape)
+        return result if len(shape) == 2 else result[:, 0]
 
     def _ranks(self, request: Request) -> Any:
         search, limits = self._search(), self._inclusion(request)

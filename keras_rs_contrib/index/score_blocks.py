@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
@@ -45,6 +47,13 @@ class Search:
     block_size: int = BLOCK_SIZE
     recall_target: float | None = None
     layout: TableLayout | None = None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function on JAX. In eager mode, each operation would write a new copy of the scores."""
+    names = ("k", "search")
+    static = [name for name in names if name in inspect.signature(function).parameters]
+    return jax.jit(function, static_argnames=static) if keras.backend.backend() == "jax" else function
 
 
 def check_recall_target(recall_target: Any) -> None:

@@ -26,18 +26,21 @@ from keras_rs_contrib.index.candidate_rows import (
     split_of,
 )
 from keras_rs_contrib.index.exchange import Exchange, on_shards
-from keras_rs_contrib.index.score_blocks import LOWEST, Search, in_blocks, score_block, to_keys, without_padding
+from keras_rs_contrib.index.score_blocks import (
+    LOWEST,
+    Search,
+    compiled,
+    in_blocks,
+    score_block,
+    to_keys,
+    without_padding,
+)
 from keras_rs_contrib.scores import score_matrix
 
 # The smallest number of scores in a block for which two levels are faster than one.
 MIN_TWO_LEVEL_SIZE = 2**16
 # Up to this many excluded ids are compared with each result. Longer lists are sorted and searched.
 MAX_COMPARED_IDS = 256
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function on JAX. In eager mode, each operation would write a new copy of the scores."""
-    return jax.jit(function, static_argnames=("k", "search")) if keras.backend.backend() == "jax" else function
 
 
 @compiled
@@ -81,7 +84,9 @@ def top_k(
             keys = ops.where(ops.expand_dims(excluded[: search.num_candidates], 0), -np.inf, keys)
         if included is not None:
             keys = ops.where(included_columns(included, search.num_candidates), keys, -np.inf)
-        keys, rows = ops.top_k(keys, search.num_candidates)
+        num_dropped = 0 if exclude_ids is None else exclude_ids.shape[1]
+        num_found = search.num_candidates if num_dropped is None else min(k + num_dropped, search.num_candidates)
+        keys, rows = ops.top_k(keys, num_found)
         keys, rows = _without_excluded(keys, ops.cast(rows, "int32"), k, search, candidate_ids, exclude_ids)
         return results_of_rows(query_embeddings, keys, rows, search.num_candidates, candidate_ids)
 

@@ -48,7 +48,8 @@ def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -
         if not jnp.issubdtype(values.dtype, jnp.floating):
             return variable.value
         # Random, because a tower may divide by a norm.
-        return jnp.where(np.isfinite(values), values, generator.normal(0, 0.05, values.shape)).astype(values.dtype)
+        values = np.where(np.isfinite(values), values, generator.normal(0, 0.05, values.shape)).astype(values.dtype)
+        return ops.convert_to_tensor(values)
 
     mapping = [(variable, finite(variable)) for variable in tower.variables]
     with keras.StatelessScope(state_mapping=mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class TowerLookups:
         self._build = build
         self._known: dict[int, TracedTower] = {}
 
-    def find(self, features: dict[str, Any]) -> list[TracedTower]:
+    def find(self, features: dict[str, Any]) -> list[TracedTower | PlainTable]:
         """Returns the towers whose features are in a batch, traced.
 
         Args:
@@ -47,8 +48,13 @@ class TowerLookups:
         Raises:
             ValueError: if a tower rounds the ids of a feature.
         """
-        result = []
+        result: list[Any] = []
         for number, (tower, names) in enumerate(self._towers):
+            if keras.backend.backend() != "jax":
+                # Only JAX shows what a tower computes. TensorFlow raises errors for ids outside of other tables.
+                if is_table(tower) and names in features:
+                    result.append(PlainTable([(str(names), AllowedIds(tower.input_dim, repr(tower.name)))]))
+                continue
             if not all(name in features for name in names_in(names)):
                 continue
             if number not in self._known:
@@ -65,6 +71,8 @@ class TowerLookups:
             number: the position of the tower.
             features: arrays of a batch, or anything with their shapes and dtypes.
         """
+        if keras.backend.backend() != "jax":
+            return
         tower, names = self._towers[number]
         is_known = number in self._known or any(None in features[name].shape for name in names_in(names))
         if not is_known and all(layer.built for layer in _keras.sublayers(tower)):
@@ -82,6 +90,20 @@ class TowerLookups:
         if all(name in features for name in names_in(self._towers[number][1])):
             self.trace(number, features)
         return self._known.get(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTable:
+    """A tower that is a table, on backends other than JAX.
+
+    Attributes:
+        allowed: as in `TracedTower`.
+    """
+
+    allowed: list[tuple[str, AllowedIds]]
+
+    def check_computed(self, batch: int, features: dict[str, Any]) -> None:
+        """Does nothing: a table computes no ids."""
 
 
 class TracedTower:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import keras
 from keras import ops
 
@@ -55,7 +54,7 @@ class ModelWithObjective(SavedModel):
         if self.batch_metrics:
             # For `compute_metrics`, which cannot read the state of the layers.
             batch = self.task.labels_and_logits(y_pred["query_embeddings"], **candidates)
-            y_pred["batch_labels"], y_pred["batch_logits"] = map(jax.lax.stop_gradient, batch)
+            y_pred["batch_labels"], y_pred["batch_logits"] = map(ops.stop_gradient, batch)
         for added in self.losses:
             loss = ops.add(loss, ops.sum(ops.cast(added, loss.dtype)))
         return loss

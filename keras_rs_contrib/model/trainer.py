@@ -11,9 +11,11 @@ import keras
 import numpy as np
 
 from keras_rs_contrib import _keras, batches, columns
+from keras_rs_contrib.arguments import check_can_train
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
 from keras_rs_contrib.model.access import Access, alone
+from keras_rs_contrib.model.added_callbacks import Collect, RefreshIndex, with_callbacks
 from keras_rs_contrib.model.baseline import check_seen, report_popularity, say_that_seen_are_ranked
 from keras_rs_contrib.model.callbacks import set_modes
 from keras_rs_contrib.model.failed_builds import RecoveringModel
@@ -135,6 +137,7 @@ class PaddedModel(RecoveringModel):
             ValueError: if a batch is invalid, the model has no `query_id` or `candidate_id` for `seen`, or the loss of
                 an epoch is not finite. `model.history` still holds the epochs up to the error.
         """
+        check_can_train("`fit`")
         set_modes(callbacks, self.corpus_metrics)
         inputs = self.model_inputs
         seen_pairs = check_seen(seen, inputs)
@@ -176,7 +179,7 @@ class PaddedModel(RecoveringModel):
         check_mesh(self.variables)
         if seen_pairs is not None:
             self._training_data.add_seen(*seen_pairs)
-        collecting = _Collect(self._training_data, seen=isinstance(seen, str), is_partial=steps_per_epoch is not None)
+        collecting = Collect(self._training_data, seen=isinstance(seen, str), is_partial=steps_per_epoch is not None)
         if validation_data is not None and verbose and seen is None and self.ranks_in_evaluation:
             say_that_seen_are_ranked(self)
         stop = StopIfNotFinite()
@@ -186,7 +189,7 @@ class PaddedModel(RecoveringModel):
                 x,
                 epochs=epochs,
                 verbose=verbose,
-                callbacks=_with_callbacks(with_row_rates(self, callbacks), _RefreshIndex(), stop, guard, collecting),
+                callbacks=with_callbacks(with_row_rates(self, callbacks), RefreshIndex(), stop, guard, collecting),
                 validation_data=validation_data,
                 shuffle=False,
                 initial_epoch=initial_epoch,
@@ -241,12 +244,12 @@ class PaddedModel(RecoveringModel):
         purpose = self._evaluation(exclude_seen)
         x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
-        with WeightGuard(self) as guard:
+        with x.raising_own_errors(), WeightGuard(self) as guard:
             logs = super().evaluate(
                 x,
                 verbose=verbose,
                 steps=steps,
-                callbacks=_with_callbacks(callbacks, _RefreshIndex(), guard),
+                callbacks=with_callbacks(callbacks, RefreshIndex(), guard),
                 return_dict=return_dict,
                 **kwargs,
             )
@@ -284,8 +287,8 @@ class PaddedModel(RecoveringModel):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
         x = self.model_inputs.batches(x, None, None, Purpose(queries_only=True), batch_size=batch_size, steps=steps)
         check_mesh(self.variables)
-        with WeightGuard(self) as guard, self._setting(_is_retrieving=True):
-            callbacks = _with_callbacks(callbacks, _RefreshIndex(), guard)
+        with x.raising_own_errors(), WeightGuard(self) as guard, self._setting(_is_retrieving=True):
+            callbacks = with_callbacks(callbacks, RefreshIndex(), guard)
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
             self._check_predictions(outputs, x)
         is_padding = x.is_padding(len(keras.tree.flatten(outputs)[0]))
@@ -298,6 +301,7 @@ class PaddedModel(RecoveringModel):
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
     ) -> Any:
         """Trains on one batch: see `keras.Model.train_on_batch`."""
+        check_can_train("`train_on_batch`")
         if class_weight is not None:
             raise ValueError(
                 "`class_weight` is not supported for single batches. Received: one. Pass weights as `sample_weight`."
@@ -399,50 +403,3 @@ class PaddedModel(RecoveringModel):
             training=training,
             optimizer_variables=optimizer_variables,
         )
-
-
-def _with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
-    """Returns the `callbacks` of `fit`, in any form, and those added."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = callbacks.callbacks
-    return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
-
-
-class _RefreshIndex(keras.callbacks.Callback):  # type: ignore[misc]
-    """Refreshes the index after other callbacks have changed the weights, such as `SwapEMAWeights`."""
-
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refreshes the index before an evaluation."""
-        if self.model.ranks_in_evaluation:
-            self.model.refresh_index()
-
-    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refreshes the index before predictions."""
-        self.model.refresh_index()
-
-
-class _Collect(keras.callbacks.Callback):  # type: ignore[misc]
-    """Collects what the model keeps of the training data, within `with`.
-
-    Args:
-        training_data: collects it.
-        seen: whether to collect what queries have seen.
-        is_partial: whether an epoch may end before the data do. Otherwise, the first epoch shows all.
-    """
-
-    def __init__(self, training_data: TrainingData, *, seen: bool, is_partial: bool) -> None:
-        super().__init__()
-        self.training_data = training_data
-        self.seen = seen
-        self.is_partial = is_partial
-
-    def __enter__(self) -> None:
-        self.training_data.begin(seen=self.seen)
-
-    def __exit__(self, *_: object) -> None:
-        self.training_data.end()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Ends collecting if all data have been read."""
-        if not self.is_partial:
-            self.training_data.end()

@@ -134,7 +134,7 @@ class TwoTowerModel(ModelWithObjective):
         TypeError: if an argument has the wrong type.
         ValueError: if arguments do not fit together. On data, if a check of `check_inputs` fails, a feature is missing,
             labels come without `label`, or the data are empty.
-        NotImplementedError: if the backend is not JAX.
+        NotImplementedError: if the backend is neither JAX nor TensorFlow, or for training, not JAX.
 
     Example:
     ```python
@@ -184,9 +184,10 @@ class TwoTowerModel(ModelWithObjective):
         check_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        if keras.backend.backend() != "jax":
+        if keras.backend.backend() not in ("jax", "tensorflow"):
             raise NotImplementedError(
-                f"`TwoTowerModel` needs the JAX backend. Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
+                "`TwoTowerModel` needs the JAX backend, or TensorFlow to answer requests. Received: "
+                f"{keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
         for name, tower in (("query_tower", query_tower), ("candidate_tower", candidate_tower)):
             check_type(name, tower, keras.layers.Layer)

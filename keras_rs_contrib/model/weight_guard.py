@@ -47,7 +47,7 @@ class WeightGuard(keras.callbacks.Callback):  # type: ignore[misc]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or keras.backend.backend() != "jax":
             return
         self.model.jax_state_sync()
         for variable, value in self._values:

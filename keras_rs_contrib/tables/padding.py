@@ -157,7 +157,7 @@ def add_table(
             name=name,
             **laid_out,
         )
-    if _keras.has_value(variable):
+    if keras.backend.backend() == "jax" and _keras.has_value(variable):
         # JAX reports some errors, such as a lack of memory, only when it waits for the values.
         jax.block_until_ready(variable.value)
     variable.regularizer = regularizer

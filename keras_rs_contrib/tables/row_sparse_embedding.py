@@ -61,7 +61,7 @@ class RowSparseEmbedding(ShardedEmbedding):
             quantization, and dtypes other than float16, bfloat16 and float32 are not supported.
 
     Raises:
-        NotImplementedError: if the Keras backend is not JAX.
+        NotImplementedError: on training, if the Keras backend is not JAX.
         TypeError: if the type of `optimizer` is not supported.
         ValueError: if an argument is out of range or not supported, or would process all rows in each step.
 
@@ -90,11 +90,6 @@ class RowSparseEmbedding(ShardedEmbedding):
         row_multiple: int = DEFAULT_ROW_MULTIPLE,
         **kwargs: Any,
     ) -> None:
-        if keras.backend.backend() != "jax":
-            raise NotImplementedError(
-                "`RowSparseEmbedding` needs the JAX backend. "
-                f"Received: {keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
-            )
         _check_no_sweep(kwargs)
         # The constructor of the base class would build the layer if it received weights, before the optimizer is set.
         row_optimizer = row_optimizers.get(optimizer)
@@ -202,6 +197,8 @@ class RowSparseEmbedding(ShardedEmbedding):
         inputs = dense_ids(inputs)
         if not keras.backend.is_int_dtype(inputs.dtype):
             inputs = ops.cast(inputs, "int32")
+        if keras.backend.backend() != "jax":
+            return super().call(inputs)
         if self.answer is not None:
             return self.answer(inputs)
         table = self.embeddings.value_for_lookup
@@ -262,7 +259,7 @@ class RowSparseEmbedding(ShardedEmbedding):
         variables = {"0": self.embeddings, **others}
         for name in names:
             # The slots of `RowAdagrad` and `RowWiseAdagrad` have the same name but different shapes.
-            expected = (self.input_dim, *variables[name].shape[1:]) if variables[name].shape else ()
+            expected = (self.input_dim, *variables[name].shape[1:]) if len(variables[name].shape) else ()
             if tuple(store[name].shape) != expected:
                 raise ValueError(
                     "The saved weights of a `RowSparseEmbedding` must have the shapes of its weights. Received: shape "

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import keras
 
+from keras_rs_contrib.arguments import check_can_train
 from keras_rs_contrib.tables.row_update import Table, constant
 
 # Name of the variable that holds the table.
@@ -145,6 +146,7 @@ class RowSparseVariable(keras.Variable):  # type: ignore[misc]
     def assign(self, value: Any) -> Any:
         """Assigns a value. An optimizer must assign the update that a lookup has computed."""
         if _is_called_by_an_optimizer():
+            check_can_train(f"an optimizer step of {self.path!r}")
             self.updates.take(self, value)
         else:
             self.updates.note_assignment()
