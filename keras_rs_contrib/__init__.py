@@ -17,6 +17,7 @@ from keras_rs_contrib.index.shard_candidates import shard_candidates
 from keras_rs_contrib.metrics import MeanReciprocalRank, NDCGAtK, RecallAtK
 from keras_rs_contrib.model.callbacks import EvaluateQueries, RefreshCandidates
 from keras_rs_contrib.model.history_tower import HistoryTower
+from keras_rs_contrib.model.loading import load_model
 from keras_rs_contrib.model.recommend import Recommendations
 from keras_rs_contrib.model.two_tower_model import TwoTowerModel
 from keras_rs_contrib.negatives.memory import CrossBatchMemory
@@ -52,6 +53,7 @@ __all__ = [
     "TwoTowerModel",
     "Vocabulary",
     "group_candidate_ids",
+    "load_model",
     "lookup_together",
     "mixed_sampling_probability",
     "pad_batches",

@@ -74,10 +74,13 @@ class _SharedObjects(dict[int, Any]):
 
 
 @contextlib.contextmanager
-def sharing_objects() -> Iterator[None]:
+def sharing_objects(is_loading: bool = False) -> Iterator[None]:
     """Lets layers that occur several times in a config come back as one layer each, as Keras does within files.
 
     Replacement: a public `keras.saving.ObjectSharingScope`.
+
+    Args:
+        is_loading: whether the config is that of a file.
     """
     # 2. The same global state.
     names = ("shared_objects/id_to_obj_map", "shared_objects/id_to_config_map")
@@ -86,7 +89,7 @@ def sharing_objects() -> Iterator[None]:
         return
     try:
         for name in names:
-            global_state.set_global_attribute(name, _SharedObjects())
+            global_state.set_global_attribute(name, {} if is_loading else _SharedObjects())
         yield
     finally:
         for name in names:

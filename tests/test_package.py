@@ -61,6 +61,7 @@ PUBLIC = [
     "TwoTowerModel",
     "Vocabulary",
     "group_candidate_ids",
+    "load_model",
     "lookup_together",
     "pad_batches",
     "shard_candidates",
@@ -68,7 +69,8 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_examples_of_the_docstrings_run(name):
+def test_the_examples_of_the_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (example,) = python_blocks(getattr(keras_rs_contrib, name).__doc__.split("Example:")[1])
     exec(example, {"keras": keras, "keras_rs": keras_rs, "np": np, **vars(keras_rs_contrib)})
 

@@ -12,6 +12,8 @@ import numpy as np
 from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import num_replicas
 from keras_rs_contrib.model.access import alone, shared
+from keras_rs_contrib.model.archive import check_weights_file
+from keras_rs_contrib.model.checksums import Checksums
 from keras_rs_contrib.model.extending import extended
 from keras_rs_contrib.model.recommend import RecommendingModel
 from keras_rs_contrib.model.training_data import ARRAYS
@@ -33,6 +35,8 @@ class SavedModel(RecommendingModel):
     _seen_features: dict[str, tuple[tuple[int, ...], str]]
     # Dtypes of the features while the model is called, by name.
     _dtypes: dict[str, str] | None = None
+    # Named by `checksums.ATTRIBUTE`.
+    _zz_checksums: Checksums
 
     @shared
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +173,10 @@ class SavedModel(RecommendingModel):
         if not is_old:
             super().load_own_variables(store)
 
+    def save_assets(self, dir_path: str) -> None:
+        """Writes nothing, and notes the folder of the assets, which get checksums."""
+        self._zz_checksums.note_assets(dir_path)
+
     @shared
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         """Saves the weights: see `keras.Model.save_weights`. Raises `ValueError` if the model has none yet."""
@@ -176,13 +184,18 @@ class SavedModel(RecommendingModel):
         super().save_weights(*args, **kwargs)
 
     @alone
-    def load_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the weights: see `keras.Model.load_weights`. Raises `ValueError` if the model has none yet."""
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads the weights: see `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: if the model has no weights yet, or those in the file differ from their checksum.
+        """
         self._check_has_weights()
+        check_weights_file(filepath)
         if self.compiled and not self.optimizer.built:
             # Keras would skip the state of the optimizer.
             self.optimizer.build(self.trainable_variables)
-        super().load_weights(*args, **kwargs)
+        super().load_weights(filepath, *args, **kwargs)
 
     def _check_has_weights(self) -> None:
         layers = (self.query_tower, self.candidate_tower, self.retrieval, self.cross_batch_memory)
@@ -195,8 +208,8 @@ class SavedModel(RecommendingModel):
                 )
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """Returns the shape and dtype of each feature that the model has seen."""
-        return {"features": self._seen_features} if self._seen_features else None
+        """Returns the shape and dtype of each feature that the model has seen, and that files have checksums."""
+        return {"features": self._seen_features, "has_checksums": True} if self._seen_features else None
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds the towers for the features in `config`."""

@@ -13,6 +13,7 @@ from keras import ops
 from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import check_type, explains_keywords
 from keras_rs_contrib.metrics import RankMetric
+from keras_rs_contrib.model import checksums
 from keras_rs_contrib.model.access import Access
 from keras_rs_contrib.model.configuration import (
     check_corpus_positives,
@@ -256,6 +257,7 @@ class TwoTowerModel(ModelWithObjective):
             "_training_data": TrainingData(),
             "_skipped": Skipped(),
             "_access": Access(),
+            checksums.ATTRIBUTE: checksums.Checksums(),
         }
         for name, value in hidden.items():
             # From Keras's attribute tracking.
