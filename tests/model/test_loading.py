@@ -431,16 +431,20 @@ class Unregistered(keras.layers.Dense):
 def test_unknown_classes_are_named(tmp_path):
     path = tmp_path / "model.keras"
     keras.Sequential([keras.Input((2,)), Unregistered(3)]).save(path)
-    with pytest.raises(ValueError, match=r"the class 'Unregistered', which is not known here.*custom_objects"):
+    with pytest.raises(ValueError, match=r"the class 'Unregistered', which is not known here.*custom_objects") as error:
         load_model(path)
+    assert mutations.is_clear(error.value, path)
+    assert "damaged" not in str(error.value)
+    assert "Could not locate" in str(error.value.__cause__)
     assert isinstance(load_model(path, custom_objects={"Unregistered": Unregistered}).layers[0], Unregistered)
 
 
 def test_code_in_the_file_needs_safe_mode_to_be_off(tmp_path):
     path = tmp_path / "model.keras"
     keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: 2 * x)]).save(path)
-    with pytest.raises(ValueError, match=r"contains Python code.*`safe_mode=False`"):
+    with pytest.raises(ValueError, match=r"contains Python code.*`safe_mode=False`") as error:
         load_model(path)
+    assert mutations.is_clear(error.value, path)
     assert load_model(path, safe_mode=False)(np.ones((1, 2))).tolist() == [[2, 2]]
 
 
@@ -448,6 +452,15 @@ def test_a_distribution_that_does_not_fit_keeps_its_message():
     keras.distribution.set_distribution(data_parallel(2))
     with pytest.raises(ValueError, match=r"Load the file without a distribution.*such as the distribution"):
         load_model(OLD_FILES / "sharded.keras")
+
+
+def test_an_intact_file_whose_model_cannot_be_created_says_why(saved, load, monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError("`TwoTowerModel` needs another backend. Received: this one. Set KERAS_BACKEND.")
+
+    monkeypatch.setattr(TwoTowerModel, "from_config", fail)
+    with pytest.raises(ValueError, match=r"is intact.*NotImplementedError.*Set KERAS_BACKEND\. Change what"):
+        load(saved[0])
 
 
 def test_weights_that_keras_would_skip_are_an_error(saved, load):
