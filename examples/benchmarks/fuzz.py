@@ -32,6 +32,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the damages.")
 
 def save_model(path):
     """Saves a small compiled model that has been trained."""
+    keras.utils.set_random_seed(0)
     users, films = Vocabulary([f"user {number}" for number in range(20)]), Vocabulary(range(100, 130))
     model = TwoTowerModel(
         RowSparseEmbedding(len(users), 4, optimizer=RowAdagrad(0.1)),
