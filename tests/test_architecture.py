@@ -19,7 +19,7 @@ LEVELS = [
     {"_keras", "arguments", "columns", "interactions", "names", "scores"},
     {"distribution", "ids", "metrics", "vocabulary"},
     {"batches", "tables", "task", "negatives"},
-    {"index"},
+    {"index", "export"},
     {"model"},
     {"__init__"},
 ]

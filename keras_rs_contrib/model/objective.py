@@ -8,14 +8,14 @@ import keras
 from keras import ops
 
 from keras_rs_contrib import batches, scores
+from keras_rs_contrib.model.exporting import ExportingModel
 from keras_rs_contrib.model.feature_names import flat
-from keras_rs_contrib.model.saving import SavedModel
 from keras_rs_contrib.negatives.mixed import MixedNegatives
 from keras_rs_contrib.negatives.sampling import StreamingSamplingProbability
 from keras_rs_contrib.task.two_tower_task import DistributedTwoTowerTask
 
 
-class ModelWithObjective(SavedModel):
+class ModelWithObjective(ExportingModel):
     """A model whose task computes the loss of a batch, and which updates metrics of ranks, of logits and of labels.
 
     Attributes:

@@ -1,0 +1,1 @@
+"""Export of retrieval to formats that run without this package."""
