@@ -12,6 +12,9 @@ from keras_rs_contrib.export.retrieval import ExportedFeature, ExportedRetrieval
 
 # Scores that are computed at once: 256 MiB.
 BLOCK_SIZE = 2**26
+# The smallest number of candidates for which two levels are faster than one.
+MIN_TWO_LEVEL_SIZE = 2**12
+LOWEST = float(np.finfo("float32").min)
 # The row of names that are not in a vocabulary, and of padding.
 UNKNOWN_ROW, NO_ROW = 0, -1
 NO_CANDIDATE = -1
@@ -36,15 +39,20 @@ class Retrieval(tf.Module):  # type: ignore[misc]
         arrays = dict(retrieval.arrays)
         ids = arrays.pop("ids")
         self.num_candidates = len(ids)
-        # The last row stands for no candidate, and is never found.
+        # The rows that follow stand for no candidate: they fill the last group, with at least one.
         table = arrays.pop("table")
+        self.group_size = _group_size(len(ids), retrieval.k)
+        num_added = self.group_size - len(ids) % self.group_size
+        # One more number of each row decides: 0 of a candidate, which changes no score, or a score below all others.
+        bias = np.repeat(np.array([0, LOWEST], "float32"), [len(ids), num_added])
         order = np.argsort(ids)
         arrays.update(
-            table=np.concatenate([table, np.zeros_like(table[:1])]),
-            ids=np.append(ids, np.int32(NO_CANDIDATE)),
+            table=np.column_stack([np.pad(table, ((0, num_added), (0, 0))), bias]),
+            ids=np.pad(ids, (0, num_added), constant_values=NO_CANDIDATE),
             sorted_ids=ids[order],
             rows=order.astype("int32"),
         )
+        self.num_rows = len(ids) + num_added
         self.arrays = {name: tf.Variable(array, trainable=False, name=name) for name, array in arrays.items()}
         self.candidate_names = self.row_of_candidate = None
         self.row_of_name: dict[str, Any] = {}
@@ -80,8 +88,7 @@ class Retrieval(tf.Module):  # type: ignore[misc]
             squared_norm = tf.reduce_sum(tf.square(queries), axis=-1, keepdims=True)
             queries = queries * tf.math.rsqrt(tf.maximum(squared_norm, 1e-12))
         batch = tf.shape(queries)[0]
-        none = tf.fill((batch, 1), np.int32(self.num_candidates))
-        places = [none]
+        places = []
         if exclude_ids is not None:
             if self.row_of_candidate is not None:
                 exclude_ids = self.row_of_candidate.lookup(exclude_ids)
@@ -91,15 +98,15 @@ class Retrieval(tf.Module):  # type: ignore[misc]
         if "seen_ids" in self.arrays:
             places.append(self._places(self._seen(rows[str(self.retrieval.query_id)])))
         unknown = self._are_unknown(rows)
-        parts = (queries, tf.concat(places, axis=1), tf.zeros((batch,), tf.bool) if unknown is None else unknown)
-        return self._in_blocks(parts, has_unknown=unknown is not None)
+        parts = {"queries": queries, "unknown": unknown, "excluded": tf.concat(places, axis=1) if places else None}
+        return self._in_blocks({name: part for name, part in parts.items() if part is not None})
 
-    def _in_blocks(self, parts: tuple[Any, Any, Any], has_unknown: bool) -> dict[str, Any]:
-        num_queries = tf.shape(parts[0])[0]
-        most = max(1, BLOCK_SIZE // (self.num_candidates + 1))
+    def _in_blocks(self, parts: dict[str, Any]) -> dict[str, Any]:
+        num_queries = tf.shape(parts["queries"])[0]
+        most = max(1, BLOCK_SIZE // self.num_rows)
 
         def at_once() -> tuple[Any, Any]:
-            return self._search(*parts, has_unknown=has_unknown)
+            return self._search(**parts)
 
         def by_block() -> tuple[Any, Any]:
             num_blocks = (num_queries + most - 1) // most
@@ -110,8 +117,8 @@ class Retrieval(tf.Module):  # type: ignore[misc]
                 return tf.reshape(tf.pad(array, padding), tf.concat([[num_blocks, most], tf.shape(array)[1:]], 0))
 
             scores, ids = tf.map_fn(
-                lambda block: self._search(*block, has_unknown=has_unknown),
-                tuple(map(to_blocks, parts)),
+                lambda block: self._search(**block),
+                {name: to_blocks(part) for name, part in parts.items()},
                 fn_output_signature=(tf.float32, tf.int32),
             )
             shape = (-1, self.retrieval.k)
@@ -125,34 +132,52 @@ class Retrieval(tf.Module):  # type: ignore[misc]
             "scores": scores,
         }
 
-    def _search(self, queries: Any, excluded: Any, unknown: Any, *, has_unknown: bool) -> tuple[Any, Any]:
+    def _search(self, queries: Any, excluded: Any = None, unknown: Any = None) -> tuple[Any, Any]:
         """Returns the best scores and their ids. Equal scores rank by row, as `tf.math.top_k` does.
 
         Args:
             queries: `[batch, embedding_dim]` float32.
-            excluded: `[batch, m]` int32 rows of the table, the last one among them.
-            unknown: `[batch]` bool, queries that get the most popular candidates.
-            has_unknown: whether there can be any.
+            excluded: `[batch, m]` int32 rows of the table, `num_candidates` for none; or `None`.
+            unknown: `[batch]` bool, queries that get the most popular candidates; or `None`.
         """
-        scores = tf.matmul(queries, self.arrays["table"], transpose_b=True)
-        if has_unknown:
+        ones = tf.ones_like(queries[:, :1])
+        scores = tf.matmul(tf.concat([queries, ones], axis=1), self.arrays["table"], transpose_b=True)
+        if unknown is not None:
             counts = self.arrays.get("counts")
             popular = tf.fill((self.num_candidates,), -np.inf) if counts is None else counts
-            popular = tf.concat([popular, [-np.inf]], axis=0)
+            popular = tf.pad(popular, [[0, self.num_rows - self.num_candidates]], constant_values=-np.inf)
 
             def with_popular() -> Any:
                 return tf.where(unknown[:, None], popular[None], scores)
 
             scores = tf.cond(tf.reduce_any(unknown), with_popular, lambda: scores) if self.by_name else with_popular()
-        columns = tf.broadcast_to(tf.range(tf.shape(scores)[0])[:, None], tf.shape(excluded))
-        places = tf.reshape(tf.stack([columns, excluded], axis=2), (-1, 2))
-        scores = tf.tensor_scatter_nd_update(scores, places, tf.fill((tf.shape(places)[0],), np.float32(-np.inf)))
-        scores, rows = tf.math.top_k(scores, self.retrieval.k)
-        ids = tf.where(scores > -np.inf, tf.gather(self.arrays["ids"], rows), NO_CANDIDATE)
+        if excluded is not None:
+            columns = tf.broadcast_to(tf.range(tf.shape(scores)[0])[:, None], tf.shape(excluded))
+            places = tf.reshape(tf.stack([columns, excluded], axis=2), (-1, 2))
+            scores = tf.tensor_scatter_nd_update(scores, places, tf.fill((tf.shape(places)[0],), np.float32(-np.inf)))
+        scores, rows = self._top_k(scores)
+        ids = tf.gather(self.arrays["ids"], rows)
+        is_found = tf.logical_and(scores > -np.inf, ids != NO_CANDIDATE)
+        scores, ids = tf.where(is_found, scores, np.float32(-np.inf)), tf.where(is_found, ids, NO_CANDIDATE)
         has_nan = tf.reduce_any(tf.math.is_nan(queries), axis=1, keepdims=True)
-        if has_unknown:
+        if unknown is not None:
             has_nan = tf.logical_and(has_nan, tf.logical_not(unknown[:, None]))
         return tf.where(has_nan, np.float32(np.nan), scores), tf.where(has_nan, NO_CANDIDATE, ids)
+
+    def _top_k(self, scores: Any) -> tuple[Any, Any]:
+        """Returns the best scores and their rows, in two levels: the best groups of rows, and the rows of these.
+
+        Exact, and for equal scores too: groups are of consecutive rows, and the lower row is first in each level.
+        """
+        k, size = self.retrieval.k, self.group_size
+        if size == 1:
+            return tf.math.top_k(scores, k)  # type: ignore[no-any-return]
+        in_groups = tf.reshape(scores, (tf.shape(scores)[0], self.num_rows // size, size))
+        _, groups = tf.math.top_k(tf.reduce_max(in_groups, axis=2), k)
+        groups = -tf.math.top_k(-groups, k).values
+        members = tf.reshape(tf.gather(in_groups, groups, batch_dims=1), (-1, k * size))
+        scores, places = tf.math.top_k(members, k)
+        return scores, tf.gather(groups, places // size, batch_dims=1) * size + places % size
 
     def _places(self, ids: Any) -> Any:
         """Returns the rows of ids in the table, and the last row for ids that no candidate has."""
@@ -227,3 +252,13 @@ def _as_array(names: list[Any]) -> np.ndarray[Any, Any]:
     if isinstance(names[0], str):
         return np.array([name.encode() for name in names], object)
     return np.array(names, "int64")
+
+
+def _group_size(num_candidates: int, k: int) -> int:
+    """Returns the number of rows in a group, or 1 for a search in one level.
+
+    Formula: `sqrt(num_candidates / k)`, rounded to a power of 2 and clipped to [16, 128], as both levels then have
+    equally many numbers to search.
+    """
+    size = 2 ** round(np.log2(max(1.0, num_candidates / k)) / 2)
+    return 1 if num_candidates < MIN_TWO_LEVEL_SIZE or size < 8 else int(np.clip(size, 16, 128))
