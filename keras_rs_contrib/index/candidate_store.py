@@ -254,6 +254,7 @@ class CandidateStore(Staleness):
 
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` has saved. Files of version 0.1 have no checksum in the index."""
+        self.note_freshness(False)
         variables = self._own_variables()
         num_saved = len(store.keys())
         if num_saved not in (len(variables), len(variables) - (not self._tied)):

@@ -43,6 +43,9 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
     # which is `None` if that is unknown.
     _staleness: tuple[list[Any], bool | None] = ([], False)
 
+    # On backends other than JAX, whether the index was not stale when it was looked at last.
+    _is_fresh = False
+
     def refresh(self, *, verbose: int | str = "auto") -> None:
         """Computes the index again. Defined by a subclass."""
         raise NotImplementedError
@@ -103,8 +106,8 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
             return
         current, known = self._current_checksum(), ops.convert_to_numpy(self.tower_checksum)
         if np.array_equal(known, current):
-            return
-        if self.has_candidates:
+            pass
+        elif self.has_candidates:
             self.refresh(verbose=verbose)
         elif known.any():
             raise ValueError(
@@ -114,6 +117,11 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
             )
         else:
             self.tower_checksum.assign(current)
+        self.note_freshness(True)
+
+    def note_freshness(self, is_fresh: bool) -> None:
+        """Notes whether the index is known not to be stale, on backends whose weights do not tell."""
+        object.__setattr__(self, "_is_fresh", is_fresh)
 
     def warn_if_stale(self) -> None:
         """Warns if the index is stale. Compiled programs cannot tell, and nothing happens while they are traced."""
@@ -125,8 +133,10 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
         """Whether `refresh_if_stale` may have something to do."""
         if self.tower_checksum is None:
             return False
-        # Other backends assign in place.
-        return keras.backend.backend() != "jax" or self._was_seen_stale(if_unknown=True)
+        if keras.backend.backend() == "jax":
+            return self._was_seen_stale(if_unknown=True)
+        # Other backends do not train. They assign in place, and a checksum for each request would take too long.
+        return not self._is_fresh
 
     def _was_seen_stale(self, if_unknown: bool = False) -> bool:
         """Returns whether the index is stale. Computes a checksum only after a weight of the tower has changed.
