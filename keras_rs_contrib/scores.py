@@ -34,8 +34,13 @@ def to_comparable(embeddings: Any, similarity: str) -> Any:
     embeddings = ops.cast(embeddings, "float32")
     if similarity == "cosine":
         squared_norm = ops.sum(ops.square(embeddings), axis=-1, keepdims=True)
-        embeddings = ops.multiply(embeddings, ops.rsqrt(ops.maximum(squared_norm, 1e-12)))
+        embeddings = ops.multiply(embeddings, inverse_norm(squared_norm))
     return embeddings
+
+
+def inverse_norm(squared_norm: Any) -> Any:
+    """Returns the factor that normalizes an embedding, finite for a zero embedding."""
+    return ops.rsqrt(ops.maximum(squared_norm, 1e-12))
 
 
 def score_matrix(query_embeddings: Any, candidate_embeddings: Any, similarity: str) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.scores import inverse_norm, to_comparable
 from keras_rs_contrib.tables.layout import TableLayout
 
 # Scores in a block: 256 MiB.
@@ -25,6 +25,14 @@ QUERIES_IN_BLOCK = 64
 CACHED_SCORES = 2**19
 # Rows that the product with a single query processes at once: XLA's 8, doubled for safety.
 KERNEL_ROWS = 16
+# XLA on a CPU compiles the product `query @ table.T` of a single query to a loop over the rows, split over the cores.
+# Up to JAX 0.11.0 it vectorizes the sum over the dimensions, unless there are few of them, which it unrolls.
+VECTORIZES_LOOP = jax.__version_info__ < (0, 11, 1)
+MIN_VECTORIZED_DIMENSION = 64
+# With fewer rows, the loop is no faster than the kernel.
+MIN_LOOP_ROWS = 2**16
+# Larger buffers than 32 MiB cost a page fault for each page at each call.
+MAX_CHEAP_BUFFER = 2**23
 # Stands for a score of -inf or NaN wherever scores are ordered; -inf then stands for no candidate.
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -88,7 +96,9 @@ def score_block(queries: Any, table: Any, search: Search) -> Any:
     queries = to_comparable(queries, search.similarity)
 
     def product(rows: Any) -> Any:
-        return _product(to_comparable(rows, search.similarity), queries)
+        if queries.shape[0] == 1:
+            return _scores_of_one(rows, queries, search.similarity)
+        return _multiply(to_comparable(rows, search.similarity), queries)
 
     num_rows, dimension = table.shape
     num_converted = max(1, search.block_size // dimension)
@@ -151,20 +161,49 @@ def in_blocks(function: Callable[..., Any], num_rows: int, search: Search, *arra
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:num_queries], result)
 
 
-def _product(rows: Any, queries: Any) -> Any:
-    """Returns the inner product of every row with every query, equal for rows that are equal."""
+def _scores_of_one(rows: Any, query: Any, similarity: str) -> Any:
+    """Returns the `[num_rows, 1]` float32 scores of a single query, equal for rows that are equal.
 
-    def multiply(rows: Any) -> Any:
-        # The default precision of an accelerator may be lower than float32.
-        return lax.dot_general(rows, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    Args:
+        rows: `[num_rows, embedding_dim]` float.
+        query: `[1, embedding_dim]` float32, comparable.
+        similarity: `"dot"` or `"cosine"`.
+    """
+    num_rows, dimension = rows.shape
+    is_large = rows.size > MAX_CHEAP_BUFFER
+    in_loop = VECTORIZES_LOOP and dimension >= MIN_VECTORIZED_DIMENSION and num_rows >= MIN_LOOP_ROWS
+    # The loop converts on the fly, which is worth more than vectors.
+    in_loop |= is_large and rows.dtype != jnp.float32
+    product = _loop if in_loop else _kernel
+    if similarity == "dot" or not (in_loop or is_large):
+        return product(to_comparable(rows, similarity), query)
+    # A copy of all rows would cost more than the product.
+    rows = rows.astype(jnp.float32)
+    squares = jnp.square(rows)
+    squared_norms = _loop(squares, jnp.ones_like(query)) if in_loop else jnp.sum(squares, axis=1, keepdims=True)
+    return product(rows, query) * inverse_norm(squared_norms)
 
+
+def _multiply(rows: Any, queries: Any) -> Any:
+    # The default precision of an accelerator may be lower than float32.
+    return lax.dot_general(rows, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _loop(rows: Any, query: Any) -> Any:
+    """Returns the inner products with one query, from the loop of a CPU, which sums all rows in the same order."""
+    return jnp.matmul(query, rows.T, precision=lax.Precision.HIGHEST).T
+
+
+def _kernel(rows: Any, query: Any) -> Any:
+    """Returns the inner products with one query, from the kernel of a CPU, which uses a single core."""
     num_rows = rows.shape[0]
     left = num_rows % KERNEL_ROWS
-    if queries.shape[0] > 1 or not left:
-        return multiply(rows)
-    # XLA's product with a single query on a CPU rounds the last rows, which do not fill its kernel, differently from
-    # all others. In a block that fills the kernel, they are rounded alike.
+    if not left:
+        return _multiply(rows, query)
+    # The last rows, which do not fill the kernel, are rounded differently from all others. In a block that fills the
+    # kernel, they are rounded alike.
     if num_rows < KERNEL_ROWS:
-        return multiply(jnp.pad(rows, ((0, KERNEL_ROWS - left), (0, 0))))[:num_rows]
+        return _multiply(jnp.pad(rows, ((0, KERNEL_ROWS - left), (0, 0))), query)[:num_rows]
     start = num_rows - KERNEL_ROWS
-    return lax.dynamic_update_slice_in_dim(multiply(rows), multiply(rows[start:]), start, axis=0)
+    last = _multiply(rows[start:], query)
+    return lax.dynamic_update_slice_in_dim(_multiply(rows, query), last, start, axis=0)
