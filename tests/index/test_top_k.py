@@ -1,5 +1,9 @@
 import functools
+import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -9,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from keras_rs_contrib.index import score_blocks
 from keras_rs_contrib.index import top_k as searches
 from keras_rs_contrib.index.ranks import ranks as exact_ranks
 from keras_rs_contrib.index.score_blocks import Search
@@ -269,6 +274,95 @@ def test_equal_rows_have_equal_scores(rng, num_queries, num_rows):
         np.testing.assert_array_equal(exact_ranks(queries, table, last, search), last)
 
 
+@pytest.fixture(params=[True, False], ids=["vectorized loop", "kernel"])
+def small_thresholds(monkeypatch, request):
+    """Scores a single query as in large tables, on older and newer versions of XLA, at sizes that are fast to test."""
+    monkeypatch.setattr(score_blocks, "VECTORIZES_LOOP", request.param)
+    monkeypatch.setattr(score_blocks, "MIN_LOOP_ROWS", 100)
+    monkeypatch.setattr(score_blocks, "MAX_CHEAP_BUFFER", 100 * 64)
+    monkeypatch.setattr(searches, "MIN_TWO_LEVEL_SIZE", 100)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_shards", "similarity", "dtype"),
+    [
+        (101, 1, "dot", "float32"),
+        (1_061, 1, "dot", "float32"),
+        (1_061, 3, "dot", "bfloat16"),
+        (1_061, 3, "cosine", "float32"),
+        (1_061, 1, "cosine", "bfloat16"),
+    ],
+)
+def test_a_single_query_finds_what_many_find_in_a_large_table(
+    small_thresholds, rng, num_rows, num_shards, similarity, dtype
+):
+    """Covers ties in all groups and in the last rows, and scores of NaN, inf, -inf and -0.0."""
+    few = rng.normal(size=(40, 64)).astype("float32")
+    queries = rng.normal(size=(3, 64)).astype("float32")
+    few[:3, 7] = np.inf, -np.inf, np.nan
+    few[3, :2] = np.inf, -np.inf
+    if similarity == "dot":
+        few[4], few[5] = 0.0, -0.0
+    table = np.asarray(jax.numpy.asarray(few, dtype)[rng.integers(0, 40, num_rows)])
+    search = Search(num_rows, similarity, layout=layout_of_shards(num_shards, False))
+    on_mesh, exclude_ids = padded(table, num_shards), rng.integers(0, num_rows, (3, 4)).astype("int32")
+    with np.errstate(invalid="ignore"):
+        expected_scores, expected_ids = reference.top_k(
+            queries, table.astype("float32"), num_rows, similarity=similarity, exclude_ids_by_query=exclude_ids
+        )
+    for k in (10, num_rows):
+        many = searches.top_k(queries, on_mesh, k, search, exclude_ids=exclude_ids)
+        for i in range(3):
+            one = slice(i, i + 1)
+            scores, ids = searches.top_k(queries[one], on_mesh, k, search, exclude_ids=exclude_ids[one])
+            np.testing.assert_array_equal(ids, expected_ids[one, :k])
+            np.testing.assert_array_equal(ids, many[1][one])
+            np.testing.assert_allclose(scores, expected_scores[one, :k], rtol=2e-5, atol=2e-6)
+    ranks = exact_ranks(queries[:1], on_mesh, expected_ids[:1, [0, 9, 60]], search, exclude_ids[:1])
+    np.testing.assert_array_equal(ranks, [[0, 9, 60]])
+
+
+@pytest.mark.slow
+def test_equal_rows_have_equal_scores_with_the_optimizations_of_xla():
+    """The other tests run without most optimizations, which decide in which order a sum is rounded."""
+    script = """
+        import numpy as np
+        from keras_rs_contrib.index.ranks import ranks
+        from keras_rs_contrib.index.score_blocks import Search
+        from keras_rs_contrib.index.top_k import top_k
+
+        rng = np.random.default_rng(0)
+        # On both sides of the numbers of rows and dimensions from which a single query is scored differently.
+        for num_rows, dimension, similarity, dtype in (
+            (1_003, 64, "dot", "float32"),
+            (65_543, 63, "dot", "float32"),
+            (65_543, 100, "dot", "float32"),
+            (140_003, 64, "cosine", "float32"),
+            (140_003, 64, "cosine", "bfloat16"),
+        ):
+            search = Search(num_rows, similarity)
+            table = rng.normal(size=(1, dimension)).astype(jax.numpy.dtype(dtype)).repeat(num_rows, axis=0)
+            query = rng.normal(size=(1, dimension)).astype("float32")
+            scores, ids = top_k(query, table, 5, search)
+            assert ids[0].tolist() == [0, 1, 2, 3, 4], (search, dtype, ids)
+            assert len(set(scores[0].tolist())) == 1, (search, dtype, scores)
+            targets = np.array([[0, num_rows // 2, num_rows - 3, num_rows - 1]], "int32")
+            found = ranks(query, table, targets, search)
+            assert found.tolist() == targets.tolist(), (search, dtype, found)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", "import jax\n" + textwrap.dedent(script)],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_nan_query_does_not_affect_other_queries(rng, num_shards):
     queries, table = small_integers(rng, 5, 3), small_integers(rng, 2_000, 3)
@@ -338,6 +432,15 @@ def test_memory_is_bounded_by_the_block():
     assert memory(exact_ranks, queries, table, targets, search, exclude) < 4 * 2.3 * small
     assert memory(searches.top_k, queries, table, 10, Search(100_003, block_size=large)) < 4 * 1.3 * large
     assert memory(searches.top_k, queries, table, 10, Search(100_003, "cosine", block_size=large)) < 4 * 2.5 * large
+
+
+@pytest.mark.parametrize(("similarity", "dtype"), [("dot", "bfloat16"), ("cosine", "bfloat16"), ("cosine", "float32")])
+def test_a_single_query_needs_no_float32_or_normalized_copy_of_a_large_table(similarity, dtype):
+    num_rows, dimension = 300_007, 64
+    query, table = jax.ShapeDtypeStruct((1, dimension), "float32"), jax.ShapeDtypeStruct((num_rows, dimension), dtype)
+    search = Search(num_rows, similarity)
+    assert memory(searches.top_k, query, table, 10, search) < 4 * 6 * num_rows
+    assert memory(exact_ranks, query, table, jax.ShapeDtypeStruct((1,), "int32"), search) < 4 * 6 * num_rows
 
 
 def collectives(function, name, *arguments):
