@@ -79,6 +79,13 @@ def check_recall_target(recall_target: Any) -> None:
         )
 
 
+def platform_of(search: Search) -> str:
+    """Returns the platform of the devices that run a search."""
+    if search.layout is None:
+        return str(jax.default_backend())
+    return str(search.layout.mesh.devices.flat[0].platform)
+
+
 def to_keys(scores: Any, numpy: Any = jnp) -> Any:
     """Returns keys that order scores: -inf and NaN become `LOWEST`, and -0.0 becomes 0.0.
 
@@ -95,10 +102,13 @@ def score_block(queries: Any, table: Any, search: Search) -> Any:
     """
     queries = to_comparable(queries, search.similarity)
 
+    is_single = queries.shape[0] == 1
+    if is_single and platform_of(search) == "cpu" and (_in_loop(table) or table.size > MAX_CHEAP_BUFFER):
+        return _scores_without_copy(table, queries, search.similarity)
+    multiply = _kernel if is_single else _multiply
+
     def product(rows: Any) -> Any:
-        if queries.shape[0] == 1:
-            return _scores_of_one(rows, queries, search.similarity)
-        return _multiply(to_comparable(rows, search.similarity), queries)
+        return multiply(to_comparable(rows, search.similarity), queries)
 
     num_rows, dimension = table.shape
     num_converted = max(1, search.block_size // dimension)
@@ -161,24 +171,28 @@ def in_blocks(function: Callable[..., Any], num_rows: int, search: Search, *arra
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:num_queries], result)
 
 
-def _scores_of_one(rows: Any, query: Any, similarity: str) -> Any:
-    """Returns the `[num_rows, 1]` float32 scores of a single query, equal for rows that are equal.
+def _in_loop(table: Any) -> bool:
+    """Returns whether the loop of a CPU is faster than its kernel for a single query."""
+    if table.dtype != jnp.float32 and table.size > MAX_CHEAP_BUFFER:
+        # The loop converts row by row.
+        return True
+    num_rows, dimension = table.shape
+    return bool(VECTORIZES_LOOP and dimension >= MIN_VECTORIZED_DIMENSION and num_rows >= MIN_LOOP_ROWS)
+
+
+def _scores_without_copy(table: Any, query: Any, similarity: str) -> Any:
+    """Returns the `[num_rows, 1]` float32 scores of a single query, without a converted or normalized table in memory.
 
     Args:
-        rows: `[num_rows, embedding_dim]` float.
+        table: `[num_rows, embedding_dim]` float.
         query: `[1, embedding_dim]` float32, comparable.
         similarity: `"dot"` or `"cosine"`.
     """
-    num_rows, dimension = rows.shape
-    is_large = rows.size > MAX_CHEAP_BUFFER
-    in_loop = VECTORIZES_LOOP and dimension >= MIN_VECTORIZED_DIMENSION and num_rows >= MIN_LOOP_ROWS
-    # The loop converts on the fly, which is worth more than vectors.
-    in_loop |= is_large and rows.dtype != jnp.float32
+    in_loop = _in_loop(table)
     product = _loop if in_loop else _kernel
-    if similarity == "dot" or not (in_loop or is_large):
-        return product(to_comparable(rows, similarity), query)
-    # A copy of all rows would cost more than the product.
-    rows = rows.astype(jnp.float32)
+    rows = table.astype(jnp.float32)
+    if similarity == "dot":
+        return product(rows, query)
     squares = jnp.square(rows)
     squared_norms = _loop(squares, jnp.ones_like(query)) if in_loop else jnp.sum(squares, axis=1, keepdims=True)
     return product(rows, query) * inverse_norm(squared_norms)

@@ -31,6 +31,7 @@ from keras_rs_contrib.index.score_blocks import (
     Search,
     compiled,
     in_blocks,
+    platform_of,
     score_block,
     to_keys,
     without_padding,
@@ -157,7 +158,7 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
         keys = to_keys(scores)
         return keys if excluded is None else jnp.where(excluded, -jnp.inf, keys)
 
-    if search.recall_target is not None and _platform(search) == "tpu":
+    if search.recall_target is not None and platform_of(search) == "tpu":
         keys, rows = lax.approx_max_k(all_keys().T, k, recall_target=search.recall_target)
         return keys, rows
     num_rows = scores.shape[0]
@@ -296,10 +297,3 @@ def results_of_rows(
         ops.where(has_nan, np.nan, result_scores),
         ops.where(found, ids_of_rows(rows, candidate_ids), np.int32(NO_CANDIDATE)),
     )
-
-
-def _platform(search: Search) -> str:
-    """Returns the platform of the devices that run the search."""
-    if search.layout is None:
-        return str(jax.default_backend())
-    return str(search.layout.mesh.devices.flat[0].platform)

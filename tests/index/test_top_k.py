@@ -408,7 +408,7 @@ def test_recall_target_has_an_effect_on_tpus_only(rng, monkeypatch):
     assert "approx_top_k" not in str(jax.make_jaxpr(lambda q, t: searches.top_k(q, t, 10, search))(queries, table))
     _, exact = searches.top_k(queries, table, 10, search)
     np.testing.assert_array_equal(exact, reference.top_k(queries, table, 10)[1])
-    monkeypatch.setattr(searches, "_platform", lambda search: "tpu")
+    monkeypatch.setattr(searches, "platform_of", lambda search: "tpu")
     jax.clear_caches()
     assert "approx_top_k" in str(jax.make_jaxpr(lambda q, t: searches.top_k(q, t, 10, search))(queries, table))
     _, found = searches.top_k(queries, table, 10, search)
@@ -435,10 +435,11 @@ def test_memory_is_bounded_by_the_block():
 
 
 @pytest.mark.parametrize(("similarity", "dtype"), [("dot", "bfloat16"), ("cosine", "bfloat16"), ("cosine", "float32")])
-def test_a_single_query_needs_no_float32_or_normalized_copy_of_a_large_table(similarity, dtype):
+@pytest.mark.parametrize("block_size", [score_blocks.BLOCK_SIZE, 2**22])
+def test_a_single_query_needs_no_float32_or_normalized_copy_of_a_large_table(similarity, dtype, block_size):
     num_rows, dimension = 300_007, 64
     query, table = jax.ShapeDtypeStruct((1, dimension), "float32"), jax.ShapeDtypeStruct((num_rows, dimension), dtype)
-    search = Search(num_rows, similarity)
+    search = Search(num_rows, similarity, block_size)
     assert memory(searches.top_k, query, table, 10, search) < 4 * 6 * num_rows
     assert memory(exact_ranks, query, table, jax.ShapeDtypeStruct((1,), "int32"), search) < 4 * 6 * num_rows
 
