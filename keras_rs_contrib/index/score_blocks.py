@@ -219,7 +219,7 @@ def _kernel(rows: Any, query: Any) -> Any:
     if num_rows < KERNEL_ROWS:
         return _multiply(jnp.pad(rows, ((0, KERNEL_ROWS - left), (0, 0))), query)[:num_rows]
     start = num_rows - KERNEL_ROWS
-    # XLA of JAX 0.8 would fuse the slice with its product into a loop, which rounds differently from the kernel. It does
+    # XLA of JAX 0.8 would fuse the slice with its product into a loop, which rounds unlike the kernel. It does
     # not fuse across a branch. The scores of a query with NaN do not matter.
     last = lax.cond(
         jnp.isnan(query).any(),
