@@ -74,7 +74,7 @@ class Memory:
     def __enter__(self) -> "Memory":
         self.grown = 0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(self._resident(),))
+        self._thread = threading.Thread(target=self._watch, args=(self.resident(),))
         self._thread.start()
         return self
 
@@ -84,10 +84,11 @@ class Memory:
 
     def _watch(self, before: int) -> None:
         while not self._end.wait(0.005):
-            self.grown = max(self.grown, self._resident() - before)
+            self.grown = max(self.grown, self.resident() - before)
 
     @staticmethod
-    def _resident() -> int:
+    def resident() -> int:
+        """Returns the resident memory of this process in bytes."""
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
