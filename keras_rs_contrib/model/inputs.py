@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -317,6 +318,13 @@ class ModelInputs:
             feature_checks.check_range(number, name, values)
         for tower in towers:
             tower.check_computed(number, features)
+
+    def compile_checks(self, features: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Compiles what the checks of queries compute, for as many as in `features`, whose values do not matter."""
+        for tower in self.lookups.find(features) if self.check else []:
+            # Whatever stands for values need not be ids.
+            with contextlib.suppress(ValueError):
+                tower.check_computed(0, features)
 
     def _check_optional(self, number: int, x: dict[str, Any]) -> None:
         names = self.names

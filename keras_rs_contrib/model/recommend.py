@@ -311,6 +311,7 @@ class RecommendingModel(PaddedModel):
         for size, num_excluded, each in sizes:
             shapes = {name: self._seen_features[name] for name in names}
             features = {name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+            self.model_inputs.compile_checks(features)
             excluded = np.full((size, num_excluded), NO_CANDIDATE, "int32") if num_excluded else None
             index.find(self._embed_queries(_on_device(features)), each, exclude_ids=excluded)
             progress.add(1)

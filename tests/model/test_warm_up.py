@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rs_contrib import TwoTowerModel, Vocabulary
+from keras_rs_contrib import HistoryTower, TwoTowerModel, Vocabulary
 from tests.conftest import data_parallel
 from tests.index.test_sizes import compilations
 
@@ -63,6 +63,28 @@ def test_a_warm_up_covers_names_and_what_queries_have_seen():
         model.recommend("u1", exclude_ids=["i1", "i2", "i3", "i4"])
         model.recommend(["u29", "u28"])
     assert not found
+
+
+def test_a_warm_up_covers_the_checks_of_ids_that_a_tower_computes(rng):
+    items, users = keras.layers.Embedding(NUM_ITEMS + 1, 8), keras.layers.Embedding(NUM_USERS + 1, 8)
+    tower = HistoryTower(items, "history", query_table=users, query_feature="user")
+    # Zeros are not ids of this table.
+    shifted = keras.layers.Lambda(lambda x: x - 1)
+    ids = keras.Input((), dtype="int32", name="user")
+    for query_tower, features in [
+        (tower, {"user": pairs()["user"], "history": rng.integers(0, NUM_ITEMS, (64, 3))}),
+        (keras.Model({"user": ids}, users(shifted(ids))), {"user": 1 + pairs()["user"]}),
+    ]:
+        model = TwoTowerModel(query_tower, items, list(features), "item", query_id="user")
+        model.compile("adam")
+        model.fit({**features, "item": pairs()["item"]}, verbose=0)
+        model.warm_up(num_queries=4, num_exclude_ids=0, verbose=0)
+        with compilations() as found:
+            for number in range(1, 5):
+                model.recommend({name: values[:number] for name, values in features.items()})
+        assert not found
+        with pytest.raises(ValueError, match="must be (in|a whole number in) .0, 30."):
+            model.recommend({**{name: values[:1] for name, values in features.items()}, "user": [NUM_USERS + 9]})
 
 
 def test_a_warm_up_needs_sizes_and_features():
