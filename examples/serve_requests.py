@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterable
 from reprlib import repr as shortened
 from typing import Any
 
@@ -91,16 +92,16 @@ class Values:
             return value if type(value) in self.types else text
         return text
 
-    def array(self, values: Any) -> np.ndarray:
+    def array(self, values: list) -> np.ndarray:
         """Returns the values of users as an array, `[num_users, *shape]`."""
         rows = values
-        if self.padding and isinstance(values, list):
+        if self.padding:
             rows = [[*self.padding * (self.shape[0] - len(x)), *x] if isinstance(x, list) else x for x in values]
         array = np.array(rows, object)
         if self.shape == (1,) and array.ndim == 1:
             array = array[:, None]
         types = {type(each) for each in array.flat}
-        if array.shape[1:] == self.shape and array.ndim and types <= {*self.types, *map(type, self.padding)}:
+        if array.shape[1:] == self.shape and types <= {*self.types, *map(type, self.padding)}:
             with contextlib.suppress(OverflowError):
                 return array if str in self.types else array.astype(self.types[-1])
         kind, length = KINDS[self.types[-1]], f"up to {self.shape[0]}" if self.padding else str(list(self.shape))
@@ -135,6 +136,7 @@ class Reader:
 
     def from_url(self, query: QueryParams) -> Request:
         """Returns the request for one user in the parameters of a URL."""
+        self._check_names(query, "exclude")
         parameters: dict[str, Any] = {}
         for name in query:
             texts, values = query.getlist(name), self.features.get(name)
@@ -147,9 +149,9 @@ class Reader:
                 raise refusal(f"A URL takes `{name}` once.", f"{len(texts)} of them", "Use POST for several users.")
             elif name == "k":
                 parameters[name] = Values(name, (int,)).read(texts[0])
-            else:
-                parameters[name] = [texts[0] if values is None else values.read(texts[0])]
-        return self.from_parameters(parameters, "exclude")
+            elif values is not None:
+                parameters[name] = [values.read(texts[0])]
+        return self._request(parameters)
 
     def from_body(self, body: bytes) -> Request:
         """Returns the request in a body of JSON."""
@@ -158,30 +160,38 @@ class Reader:
         except ValueError as error:
             raise refusal("A body must be JSON.", str(error), "Correct it.") from error
         if not isinstance(parameters, dict):
-            received = f"{shortened(parameters)}"
-            raise refusal("A body must be an object.", received, f'Pass {{"{next(iter(self.features))}": [...]}}.')
-        return self.from_parameters(parameters, "exclude_ids")
+            fix = f'Pass {{"{next(iter(self.features))}": [...]}}.'
+            raise refusal("A body must be an object.", shortened(parameters), fix)
+        self._check_names(parameters, "exclude_ids")
+        for name in self.features:
+            if not isinstance(parameters[name], list):
+                rule = f"`{name}` must be a list, with a value for each user."
+                raise refusal(rule, shortened(parameters[name]), "Pass a list, also for one user.")
+        return self._request(parameters)
 
-    def from_parameters(self, given: dict[str, Any], exclude: str) -> Request:
-        """Returns the request of parameters, among which is that of excluded ids, whose name depends."""
+    def _check_names(self, names: Iterable[str], exclude: str) -> None:
+        """Raises the error of names that are unknown or missing. That of excluded ids depends."""
         allowed = [*self.features, "k", exclude]
-        for name in given:
-            if name not in (*self.features, "k", "exclude_ids") or (name == "exclude_ids" and exclude not in allowed):
+        for name in names:
+            if name not in allowed:
                 raise refusal(f"Parameters must be among {allowed}.", shortened(name), "Drop it, or correct its name.")
         for name in self.features:
-            if name not in given:
+            if name not in names:
                 raise refusal(f"A request needs the features {list(self.features)}.", f"no {name!r}", "Add it.")
+
+    def _request(self, given: dict[str, Any]) -> Request:
+        """Returns the request of parameters whose features are lists, with a value for each user."""
         k = given.get("k", self.k)
         if type(k) is not int or not 1 <= k <= self.max_k:
             raise refusal(f"`k` must be an integer from 1 to {self.max_k}.", f"k={shortened(k)}", "Change it.")
-        features = {name: values.array(given[name]) for name, values in self.features.items()}
-        sizes = {name: len(array) for name, array in features.items()}
+        sizes = {name: len(given[name]) for name in self.features}
         number = max(sizes.values())
         if len(set(sizes.values())) > 1:
             raise refusal("Each feature needs a value for each user.", f"numbers of values {sizes}", "Add the others.")
         if not 1 <= number <= self.max_users:
             rule = f"A request must be for 1 to {self.max_users} users."
             raise refusal(rule, f"{number} users", "Send several requests, or none.")
+        features = {name: values.array(given[name]) for name, values in self.features.items()}
         rows = given.get("exclude_ids", [[]] * number)
         if not isinstance(rows, list) or len(rows) != number or not all(isinstance(row, list) for row in rows):
             rule = f"`exclude_ids` must be a list of {number} lists, one for each user."
