@@ -66,7 +66,11 @@ def answers(requests, folder):
 
 def check(found, expected):
     ids = np.where(expected.ids == None, "", expected.ids) if expected.ids.dtype == object else expected.ids  # noqa: E711
-    np.testing.assert_array_equal(found[0], ids)
+    # Scores that are rounded differently may change places with their neighbours. Equal ones may not.
+    gaps = np.abs(np.diff(expected.scores, axis=1))
+    is_near = np.pad((gaps > 0) & (gaps < 1e-6), ((0, 0), (1, 1)))
+    is_near = is_near[:, 1:] | is_near[:, :-1]
+    np.testing.assert_array_equal(np.where(is_near, "", found[0]), np.where(is_near, "", ids))
     np.testing.assert_allclose(found[1], expected.scores, atol=1e-5)
 
 
