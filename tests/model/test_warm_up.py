@@ -83,7 +83,7 @@ def test_a_warm_up_covers_the_checks_of_ids_that_a_tower_computes(rng):
             for number in range(1, 5):
                 model.recommend({name: values[:number] for name, values in features.items()})
         assert not found
-        with pytest.raises(ValueError, match="must be (in|a whole number in) .0, 30."):
+        with pytest.raises(ValueError, match=r"must be (in|a whole number in) .0, 30."):
             model.recommend({**{name: values[:1] for name, values in features.items()}, "user": [NUM_USERS + 9]})
 
 
