@@ -16,7 +16,8 @@ import time
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
+from timing import print_setting
 
 BATCHES = (1, 7, 64, 1000)
 NUM_CANDIDATES = flags.DEFINE_integer("num_candidates", 20_000, "The number of candidates.", lower_bound=100)
@@ -43,6 +44,8 @@ if kind == "tf_saved_model":
 else:
     import onnxruntime
 
+    # The input `exclude_ids` has a value, and so is optional, of which the runtime warns.
+    onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(path)
 
     def answer(users):
@@ -63,6 +66,7 @@ np.savez(result, **found)
 
 def main(_: list[str]) -> None:
     """Exports a model, asks it, and prints the table."""
+    logging.set_verbosity(logging.WARNING)
     import keras
 
     import keras_rs_contrib
@@ -91,8 +95,10 @@ def main(_: list[str]) -> None:
             program = [sys.executable, "-c", CLIENT, kind, path, folder / "queries.npz", result, str(REPEATS.value)]
             subprocess.run(program, check=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
             clients[kind] = dict(np.load(result))
+        print_setting("tensorflow", "onnxruntime")
         print(f"{NUM_CANDIDATES.value:,} candidates of {DIMENSION.value}, k=10; milliseconds, median")
-        print(f"{'queries':>7} {'recommend':>10} {'TensorFlow':>11} {'ratio':>6} {'ONNX':>8} {'ratio':>6}  same ids")
+        print("| queries | recommend | TensorFlow | ratio | ONNX Runtime | ratio | same lists | same lists, ONNX |")
+        print("|--:|--:|--:|--:|--:|--:|--:|--:|")
         for size, users in queries.items():
             expected = model.recommend({"user": users})
             times = []
@@ -106,8 +112,8 @@ def main(_: list[str]) -> None:
                 each = clients[kind][f"time {size}"]
                 cells += [1e3 * each, each / own]
             same = [np.mean((clients[kind][f"ids {size}"] == expected.ids).all(axis=1)) for kind in clients]
-            row = "{:11.2f} {:6.2f} {:8.2f} {:6.2f}".format(*cells)
-            print(f"{size:>7} {1e3 * own:10.2f} {row}  {same[0]:.2%}, {same[1]:.2%}")
+            row = " | ".join(f"{cell:.2f}" for cell in (1e3 * own, *cells))
+            print(f"| {size} | {row} | {same[0]:.2%} | {same[1]:.2%} |")
 
 
 if __name__ == "__main__":
