@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import keras
@@ -31,6 +32,11 @@ class ExportedFeature:
     dtype: str
     names: list[Any] | None = None
     is_of_tower: bool = True
+
+    @property
+    def input_name(self) -> str:
+        """Its name as an input: formats take letters, digits and underscores alone."""
+        return re.sub(r"\W", "_", self.name, flags=re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)

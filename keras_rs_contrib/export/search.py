@@ -225,7 +225,7 @@ class Retrieval(tf.Module):  # type: ignore[misc]
     def _spec(self, feature: ExportedFeature) -> Any:
         lookup = self.row_of_name.get(feature.name)
         dtype = feature.dtype if lookup is None else lookup.key_dtype
-        return tf.TensorSpec((None, *feature.shape), dtype, name=feature.name)
+        return tf.TensorSpec((None, *feature.shape), dtype, name=feature.input_name)
 
 
 def _find(ordered: Any, size: int, values: Any, result: Any = None) -> Any:

@@ -28,12 +28,15 @@ def write_saved_model(retrieval: ExportedRetrieval, tower: Any, target: pathlib.
         target: a folder, which is created.
     """
     module = Retrieval(retrieval, tower, by_name=True)
-    module.serve = tf.function(lambda **features: module.find(features))
-    module.excluding = tf.function(lambda exclude_ids, **features: module.find(features, exclude_ids))
     features = module.features()
+    # By position, because an argument has the name of a Python variable.
+    module.serve = tf.function(lambda *tensors: module.find(dict(zip(features, tensors, strict=True))))
+    module.excluding = tf.function(
+        lambda exclude_ids, *tensors: module.find(dict(zip(features, tensors, strict=True)), exclude_ids)
+    )
     signatures = {
-        "serving_default": module.serve.get_concrete_function(**features),
-        EXCLUDING: module.excluding.get_concrete_function(exclude_ids=module.exclude_ids(), **features),
+        "serving_default": module.serve.get_concrete_function(*features.values()),
+        EXCLUDING: module.excluding.get_concrete_function(module.exclude_ids(), *features.values()),
     }
     tf.saved_model.save(module, str(target), signatures=signatures)
 

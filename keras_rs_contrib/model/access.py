@@ -32,6 +32,11 @@ class Access:
         self._distribution = keras.distribution.distribution()
         self._creator = threading.get_ident()
 
+    @property
+    def is_owner(self) -> bool:
+        """Whether this thread uses the model alone."""
+        return self._owner == threading.get_ident()
+
     @contextlib.contextmanager
     def shared(self, method: str) -> Iterator[None]:
         """Keeps others from taking the weights, within `with`.
@@ -111,6 +116,11 @@ def shared(method: F) -> F:
     @functools.wraps(method)
     def taking_turns(self: Any, *args: Any, **kwargs: Any) -> Any:
         access = self._access.shared if self.is_built else self._access.alone
+        if self.lacks_values and self._access.is_owner:
+            raise RuntimeError(
+                "Keras takes the weights out of a model for the batches of an epoch. Received: "
+                f"`{method.__name__}` between them. Call it in `on_epoch_end` of a callback, or after `fit`."
+            )
         with access(method.__name__):
             return method(self, *args, **kwargs)
 

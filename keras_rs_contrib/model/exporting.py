@@ -44,15 +44,16 @@ class ExportingModel(SavedModel):
         """Writes the retrieval of the model, as `recommend` does it, to a file that runs without Keras and JAX.
 
         The export has the query tower and all candidates, unsharded, and takes any number of queries. Its inputs are
-        the query features by their names, its outputs `ids` and `scores`, `[batch, k]`, as from `recommend`.
+        the query features by their names, with `_` for other characters than letters and digits. Its outputs are `ids`
+        and `scores`, `[batch, k]`, as from `recommend`.
 
         `"tf_saved_model"` is a folder for TensorFlow and TensorFlow Serving. Features and ids with a vocabulary are
         names, and missing ones `""` (-1 for a vocabulary of integers). The signature `serving_default` takes the
         features; the signature `excluding` also takes `exclude_ids`, `[batch, m]`, filled with -1 (or `""`).
 
         `"onnx"` is a file for ONNX Runtime and others. Features and ids with a vocabulary are rows; for each of them,
-        `<name>.txt` next to the file has a name on each line, as JSON, from row 1 on; row 0 is that of unknown names.
-        The input `exclude_ids`, `[batch, m]` int32, is optional.
+        `<file>.<name>.txt` next to the file has a name on each line, as JSON, from row 1 on; row 0 is that of unknown
+        names. The input `exclude_ids`, `[batch, m]` int32, is optional.
 
         The export is written in a process of its own, where Keras runs on TensorFlow. Custom layers of the query tower
         must be classes of a module that can be imported there. The index of a feature tower is refreshed first. This
@@ -84,6 +85,7 @@ class ExportingModel(SavedModel):
         features = self._exported_features(input_signature)
         classes = _classes_of(self.query_tower)
         retrieval = self._exported_retrieval(features, k, exclude_seen)
+        _check_names(retrieval)
         shapes = {each.name: (each.shape, each.dtype) for each in features if each.is_of_tower}
         tower = ExportedTower(self.query_tower, self.query_features, shapes)
         tower.build_from_config({"features": shapes})
@@ -153,11 +155,6 @@ class ExportingModel(SavedModel):
             raise ValueError(
                 "`input_signature` must name query features of the model. Received: "
                 f"{unknown}, and the features {names.of_query}. Use their names."
-            )
-        if "exclude_ids" in names.of_query:
-            raise ValueError(
-                "The name `exclude_ids` is that of another input of an export. Received: a query feature of this name. "
-                "Rename the feature."
             )
         return features
 
@@ -241,13 +238,43 @@ def _classes_of(tower: keras.layers.Layer) -> list[type]:
     return [each for each in dict.fromkeys([*own, *registered]) if each.__module__.partition(".")[0] not in known]
 
 
+def _check_names(retrieval: ExportedRetrieval) -> None:
+    """Raises `ValueError` if features or names cannot be those of an export."""
+    # Those of the outputs, and of the other input. TensorFlow does not tell letters by their case.
+    taken = {"ids", "scores", "exclude_ids"}
+    for feature in retrieval.features:
+        name = feature.input_name.lower()
+        if name in taken or not name[:1].isalpha():
+            raise ValueError(
+                "Each input of an export needs a name of its own that begins with a letter; other characters than "
+                f"letters, digits and underscores become underscores. Received: the query feature {feature.name!r}, "
+                f"and {sorted(taken)} besides. Rename the feature."
+            )
+        taken.add(name)
+    for names in (retrieval.candidate_names, *(feature.names for feature in retrieval.features)):
+        for name in names or ():
+            try:
+                np.int64(name) if isinstance(name, int) else name.encode()
+            except (OverflowError, UnicodeEncodeError) as error:
+                raise ValueError(
+                    "The names of an exported vocabulary must be Unicode, or integers of 64 bits. Received: "
+                    f"{name!r}, which is not: {error}. Create the vocabulary from other names."
+                ) from error
+
+
 def _write_names(target: pathlib.Path, retrieval: ExportedRetrieval, folder: pathlib.Path) -> None:
     """Writes the names of each vocabulary next to an ONNX file."""
-    names = {each.name: each.names for each in retrieval.features}
+    names = {each.input_name: each.names for each in retrieval.features}
     names["ids"] = retrieval.candidate_names
+    parts = []
     for name, values in names.items():
         if values is not None:
+            parts.append((folder / f"{name}.txt", target.with_name(f"{target.stem}.{name}.txt")))
             lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in values)
-            part = folder / f"{name}.txt"
-            part.write_text(lines, encoding="utf-8")
-            part.rename(target.with_name(f"{target.stem}.{name}.txt"))
+            parts[-1][0].write_text(lines, encoding="utf-8")
+    for _, path in parts:
+        if path.exists():
+            raise FileExistsError(_exists(path))
+    # All are complete.
+    for part, path in parts:
+        part.rename(path)

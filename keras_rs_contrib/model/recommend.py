@@ -373,7 +373,7 @@ class RecommendingModel(PaddedModel):
             # Its rows may differ in length.
             features = {name: values for name, values in features.items() if name != names.exclude}
         features, number = self.model_inputs.queries(features)
-        features = {name: self._with_seen_dtype(name, values) for name, values in features.items()}
+        features = {name: self._as_seen(name, values) for name, values in features.items()}
         exclude_ids, include_ids = vocabularies.encode_ids(exclude_ids), vocabularies.encode_ids(include_ids)
         limits = check_limits(exclude_ids, include_ids, include_mask, number, self._index().num_candidates)
         training_data = self.model_inputs.training_data
@@ -381,11 +381,16 @@ class RecommendingModel(PaddedModel):
         query_ids = self.model_inputs.query_ids(features) if leaves_out_seen else None
         return CheckedQueries(features, limits, number, query_ids, training_data)
 
-    def _with_seen_dtype(self, name: str, values: Any) -> Any:
-        """Returns checked values with the dtype that the model has seen, if they differ in precision alone."""
-        dtype = self._seen_features.get(name, (None, values.dtype.name))[1]
-        is_same_kind = all("int" in each for each in (dtype, values.dtype.name))
-        return values.astype(dtype, copy=False) if is_same_kind else values
+    def _as_seen(self, name: str, values: Any) -> Any:
+        """Returns checked values with the shape and dtype that the model has seen, if these hold the same values."""
+        if name not in self._seen_features:
+            return values
+        shape, dtype = self._seen_features[name]
+        if {shape, values.shape[1:]} == {(), (1,)}:
+            values = values.reshape((len(values), *shape))
+        kinds = [each.rstrip("0123456789").removeprefix("u") for each in (dtype, values.dtype.name)]
+        holds = kinds == ["int", "int"] or (kinds == ["float", "float"] and np.can_cast(values.dtype, dtype))
+        return values.astype(dtype, copy=False) if holds else values
 
     def _ranks_of_features(self) -> dict[str, int]:
         """Returns the number of dimensions of one row of each feature that the model has seen."""

@@ -178,6 +178,16 @@ class SavedModel(RecommendingModel):
         self._zz_checksums.note_assets(dir_path)
 
     @shared
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model: see `keras.Model.save`."""
+        super().save(*args, **kwargs)
+
+    @shared
+    def get_weights(self) -> list[np.ndarray[Any, Any]]:
+        """Returns the values of all weights: see `keras.Model.get_weights`."""
+        return super().get_weights()  # type: ignore[no-any-return]
+
+    @shared
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         """Saves the weights: see `keras.Model.save_weights`. Raises `ValueError` if the model has none yet."""
         self._check_has_weights()

@@ -66,6 +66,13 @@ class PaddedModel(RecoveringModel):
         layers = (self.query_tower, self.candidate_tower, self.model_inputs.retrieval)
         return all(layer is None or layer.built for layer in layers)
 
+    @property
+    def lacks_values(self) -> bool:
+        """Whether Keras has taken the values out of the variables, and not put others in their place."""
+        if not self.is_built or _keras.is_in_stateless_scope():
+            return False
+        return not all(map(_keras.has_value, self.query_tower.variables))
+
     def _leaves_out_seen(self, exclude_seen: bool | None) -> bool:
         """Returns whether lists leave out what a query has seen, as an argument says, or by default the model."""
         return self.exclude_seen if exclude_seen is None else exclude_seen

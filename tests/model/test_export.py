@@ -113,8 +113,8 @@ def test_exports_answer_like_recommend(tmp_path):
         similarity="cosine",
         mesh_axis="batch",
     )
-    own = TwoTowerModel(Projected(), tower, "user", "features", candidate_id="item", retrieval=index)
-    own.recommend({"user": [1, 2]})
+    own = TwoTowerModel(Projected(), tower, "user.id", "features", candidate_id="item", retrieval=index)
+    own.recommend({"user.id": [1, 2]})
     # The index is stale now.
     tower.layers[0].kernel.assign(-tower.layers[0].kernel)
     own.export(tmp_path / "own", verbose=0)
@@ -130,8 +130,8 @@ def test_exports_answer_like_recommend(tmp_path):
     requests += [(tmp_path / "saved", {"user": each}, ids) for each, ids in zip(users, excluded, strict=True)]
     requests += [(tmp_path / "model.onnx", {"user": each}, None) for each in rows]
     requests += [(tmp_path / "model.onnx", {"user": each}, ids) for each, ids in zip(rows, excluded_rows, strict=True)]
-    requests += [(tmp_path / "own", {"user": many}, None), (tmp_path / "own", {"user": many}, [[9, -1]] * 1000)]
-    requests += [(tmp_path / "own.onnx", {"user": many[:7]}, None)]
+    requests += [(tmp_path / "own", {"user_id": many}, None), (tmp_path / "own", {"user_id": many}, [[9, -1]] * 1000)]
+    requests += [(tmp_path / "own.onnx", {"user_id": many[:7]}, None)]
     found = iter(answers(requests, tmp_path))
     for with_excluded in (False, True):
         for each, ids in zip(users, excluded, strict=True):
@@ -142,9 +142,9 @@ def test_exports_answer_like_recommend(tmp_path):
             expected = model.recommend({"user": each}, k=7, exclude_ids=ids if with_excluded else None)
             ids, scores = next(found)
             check((np.array([[names[i + 1] or "" for i in row] for row in ids]), scores), expected)
-    check(next(found), own.recommend({"user": many}))
-    check(next(found), own.recommend({"user": many}, exclude_ids=[[9]] * 1000))
-    check(next(found), own.recommend({"user": many[:7]}, k=20))
+    check(next(found), own.recommend({"user.id": many}))
+    check(next(found), own.recommend({"user.id": many}, exclude_ids=[[9]] * 1000))
+    check(next(found), own.recommend({"user.id": many[:7]}, k=20))
 
     lines = (tmp_path / "model.user.txt").read_text().splitlines()
     assert [json.loads(line) for line in lines] == model.vocabularies["user"].names
@@ -186,5 +186,25 @@ def test_an_export_that_cannot_be_is_an_error_and_writes_nothing(tmp_path, monke
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else find_spec(name))
     with pytest.raises(ImportError, match=r'without tf2onnx. Install them: `pip install "keras_rs_contrib\[export\]"`'):
+        model.export(tmp_path / "model.onnx", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ids", "exclude_ids", "SCORES", "1st", "_"])
+def test_a_feature_that_an_export_cannot_name_is_an_error(tmp_path, name):
+    model = TwoTowerModel(keras.layers.Embedding(30, 16), keras.layers.Embedding(NUM_ITEMS, 16), name, "item")
+    model.recommend({name: [1, 2]})
+    with pytest.raises(ValueError, match=rf"needs a name of its own.*Received: the query feature '{name}'"):
+        model.export(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names", [["a", "\ud800"], [1, 2**63]])
+def test_names_that_a_format_cannot_hold_are_an_error(tmp_path, names):
+    users = Vocabulary(names)
+    tower = keras.layers.Embedding(len(users), 16)
+    model = TwoTowerModel(tower, keras.layers.Embedding(NUM_ITEMS, 16), "user", "item", vocabularies={"user": users})
+    model({"user": np.array([1, 2])})
+    with pytest.raises(ValueError, match=r"must be Unicode, or integers of 64 bits. Received: "):
         model.export(tmp_path / "model.onnx", "onnx")
     assert not list(tmp_path.iterdir())

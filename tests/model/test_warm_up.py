@@ -46,6 +46,7 @@ def test_after_a_warm_up_no_request_compiles(rng):
         model.recommend([3], exclude_ids=[1, 2, 3])
         model.recommend({"user": 3})
         model.recommend({"user": np.array([3, 4], "uint8")})
+        model.recommend({"user": [[3], [4], [5]]})
         model.recommend({"user": jax.device_put(np.array([3, 4, 5]))})
     assert not found
 
@@ -111,9 +112,10 @@ def test_threads_get_the_answers_of_serial_calls(rng, replicas):
         lambda batch: model.predict({"user": batch["user"]}, verbose=0),
         lambda batch: model.evaluate(batch, verbose=0),
         lambda batch: model({"user": batch["user"]}),
+        lambda batch: model.get_weights(),
         lambda batch: list(model.evaluate_queries({"user": batch["user"]}, batch["item"][:, None]).values()),
     ]
-    jobs = [(methods[i % 5], {name: rng.integers(0, 30, 1 + i % 7) for name in ("user", "item")}) for i in range(40)]
+    jobs = [(methods[i % 6], {name: rng.integers(0, 30, 1 + i % 7) for name in ("user", "item")}) for i in range(48)]
     expected = [method(batch) for method, batch in jobs]
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda job: job[0](job[1]), jobs))
@@ -178,3 +180,12 @@ def test_a_callback_may_use_the_model():
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: found.append(model.recommend({"user": [1, 2]})))
     model.fit(pairs(), callbacks=[callback], verbose=0)
     np.testing.assert_array_equal(found[0].ids, model.recommend({"user": [1, 2]}).ids)
+
+
+def test_between_the_batches_of_an_epoch_the_model_has_no_weights():
+    model = make_model()
+    model.fit(pairs(), verbose=0)
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: model.recommend({"user": [1, 2]}))
+    with pytest.raises(RuntimeError, match=r"Received: `recommend` between them. Call it in `on_epoch_end`"):
+        model.fit(pairs(), callbacks=[callback], verbose=0)
+    assert model.recommend({"user": [1, 2]}).ids.shape == (2, 10)
