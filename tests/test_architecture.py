@@ -19,7 +19,8 @@ LEVELS = [
     {"_keras", "arguments", "columns", "interactions", "names", "scores"},
     {"distribution", "ids", "metrics", "vocabulary"},
     {"batches", "tables", "task", "negatives"},
-    {"index", "export"},
+    {"index"},
+    {"export"},
     {"model"},
     {"__init__"},
 ]

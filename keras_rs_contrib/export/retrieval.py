@@ -46,7 +46,7 @@ class ExportedRetrieval:
     Attributes:
         features: the features of queries.
         k: the number of candidates to return.
-        normalizes: whether queries are L2-normalized, for the cosine similarity.
+        similarity: `"dot"` or `"cosine"`, which normalizes queries; the candidates are normalized.
         query_id: the feature that tells queries apart, or `None`.
         candidate_names: names of candidate ids, by id from 1 on, or `None`.
         arrays: NumPy arrays by name. `table` `[n, embedding_dim]` float32, the candidates that may be returned, and
@@ -57,7 +57,7 @@ class ExportedRetrieval:
 
     features: list[ExportedFeature]
     k: int
-    normalizes: bool
+    similarity: str
     query_id: str | None
     candidate_names: list[Any] | None
     arrays: dict[str, np.ndarray[Any, Any]]
@@ -69,7 +69,7 @@ class ExportedRetrieval:
         settings = {
             "features": [dataclasses.asdict(feature) for feature in self.features],
             "k": self.k,
-            "normalizes": self.normalizes,
+            "similarity": self.similarity,
             "query_id": self.query_id,
             "candidate_names": self.candidate_names,
         }

@@ -9,15 +9,15 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rs_contrib.export.retrieval import ExportedFeature, ExportedRetrieval, ExportedTower
+from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, LOWEST
+from keras_rs_contrib.index.top_k import group_size
+from keras_rs_contrib.names import NO_ROW
+from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.vocabulary import UNKNOWN_ROW
 
-# Scores that are computed at once: 256 MiB.
-BLOCK_SIZE = 2**26
 # The smallest number of candidates for which two levels are faster than one.
 MIN_TWO_LEVEL_SIZE = 2**12
-LOWEST = float(np.finfo("float32").min)
-# The row of names that are not in a vocabulary, and of padding.
-UNKNOWN_ROW, NO_ROW = 0, -1
-NO_CANDIDATE = -1
 
 
 class Retrieval(tf.Module):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class Retrieval(tf.Module):  # type: ignore[misc]
         self.num_candidates = len(ids)
         # The rows that follow stand for no candidate: they fill the last group, with at least one.
         table = arrays.pop("table")
-        self.group_size = _group_size(len(ids), retrieval.k)
+        self.group_size = group_size(len(ids), retrieval.k) if len(ids) >= MIN_TWO_LEVEL_SIZE else 1
         num_added = self.group_size - len(ids) % self.group_size
         # One more number of each row decides: 0 of a candidate, which changes no score, or a score below all others.
         bias = np.repeat(np.array([0, LOWEST], "float32"), [len(ids), num_added])
@@ -84,9 +84,7 @@ class Retrieval(tf.Module):  # type: ignore[misc]
         """
         rows = {name: self._rows(name, values) for name, values in features.items()}
         queries = self.embed({each.name: rows[each.name] for each in self.retrieval.features if each.is_of_tower})
-        if self.retrieval.normalizes:
-            squared_norm = tf.reduce_sum(tf.square(queries), axis=-1, keepdims=True)
-            queries = queries * tf.math.rsqrt(tf.maximum(squared_norm, 1e-12))
+        queries = to_comparable(queries, self.retrieval.similarity)
         batch = tf.shape(queries)[0]
         places = []
         if exclude_ids is not None:
@@ -252,13 +250,3 @@ def _as_array(names: list[Any]) -> np.ndarray[Any, Any]:
     if isinstance(names[0], str):
         return np.array([name.encode() for name in names], object)
     return np.array(names, "int64")
-
-
-def _group_size(num_candidates: int, k: int) -> int:
-    """Returns the number of rows in a group, or 1 for a search in one level.
-
-    Formula: `sqrt(num_candidates / k)`, rounded to a power of 2 and clipped to [16, 128], as both levels then have
-    equally many numbers to search.
-    """
-    size = 2 ** round(np.log2(max(1.0, num_candidates / k)) / 2)
-    return 1 if num_candidates < MIN_TWO_LEVEL_SIZE or size < 8 else int(np.clip(size, 16, 128))

@@ -70,19 +70,17 @@ def write_onnx(retrieval: ExportedRetrieval, tower: Any, target: pathlib.Path) -
     onnx.save(model, str(target))
 
 
-def main(folder: pathlib.Path, target: pathlib.Path, format: str, own: dict[str, Any]) -> None:
+def main(folder: pathlib.Path, target: pathlib.Path, format: str, own_classes: list[tuple[str, str]]) -> None:
     """Writes what a folder holds. If that fails, the reason is in `error.txt` of the folder.
 
     Args:
         folder: as `ExportedRetrieval.save` writes it.
         target: the file or folder to create.
         format: `"tf_saved_model"` or `"onnx"`.
-        own: `modules`, which define what the tower needs, and `classes`, pairs of a module and a name in it.
+        own_classes: the classes that the tower needs, pairs of a module and a name in it.
     """
     try:
-        for module in own["modules"]:
-            importlib.import_module(module)
-        classes = {name.rpartition(".")[2]: _in_module(module, name) for module, name in own["classes"]}
+        classes = {name.rpartition(".")[2]: _in_module(module, name) for module, name in own_classes}
         retrieval, tower = ExportedRetrieval.load(folder, classes)
         {"tf_saved_model": write_saved_model, "onnx": write_onnx}[format](retrieval, tower, target)
     except Exception as error:
@@ -91,7 +89,8 @@ def main(folder: pathlib.Path, target: pathlib.Path, format: str, own: dict[str,
 
 
 def _in_module(module: str, name: str) -> Any:
-    found = sys.modules[module]
+    found: Any
+    found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found

@@ -105,18 +105,17 @@ class Staleness(keras.layers.Layer):  # type: ignore[misc]
         if self.tower_checksum is None:
             return
         current, known = self._current_checksum(), ops.convert_to_numpy(self.tower_checksum)
-        if np.array_equal(known, current):
-            pass
-        elif self.has_candidates:
-            self.refresh(verbose=verbose)
-        elif known.any():
-            raise ValueError(
-                "The candidate tower has changed since the last refresh of the index, and the index does not have the "
-                "tower's inputs, which are not saved with it. Received: a stale index. "
-                "Pass them: `model.retrieval.refresh(candidates)`."
-            )
-        else:
-            self.tower_checksum.assign(current)
+        if not np.array_equal(known, current):
+            if self.has_candidates:
+                self.refresh(verbose=verbose)
+            elif known.any():
+                raise ValueError(
+                    "The candidate tower has changed since the last refresh of the index, and the index does not have "
+                    "the tower's inputs, which are not saved with it. Received: a stale index. "
+                    "Pass them: `model.retrieval.refresh(candidates)`."
+                )
+            else:
+                self.tower_checksum.assign(current)
         self.note_freshness(True)
 
     def note_freshness(self, is_fresh: bool) -> None:

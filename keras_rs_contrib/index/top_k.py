@@ -162,15 +162,15 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
         keys, rows = lax.approx_max_k(all_keys().T, k, recall_target=search.recall_target)
         return keys, rows
     num_rows = scores.shape[0]
-    group_size = _group_size(num_rows, k) if scores.size >= MIN_TWO_LEVEL_SIZE else 1
-    if group_size == 1:
+    size = group_size(num_rows, k) if scores.size >= MIN_TWO_LEVEL_SIZE else 1
+    if size == 1:
         return _one_level_top_k(all_keys().T, k)
     if excluded is not None:
         keys = all_keys()
-        return _two_level_top_k(keys, _reduce_groups(keys, lax.max, -np.inf, group_size), k, group_size, lambda x: x)
-    maxima = _reduce_groups(scores, lax.max, -np.inf, group_size)
+        return _two_level_top_k(keys, _reduce_groups(keys, lax.max, -np.inf, size), k, size, lambda x: x)
+    maxima = _reduce_groups(scores, lax.max, -np.inf, size)
     # XLA's maximum over a window ignores a NaN and the values before it. The sums detect NaN instead.
-    sums = _reduce_groups(scores, lax.add, 0.0, group_size)
+    sums = _reduce_groups(scores, lax.add, 0.0, size)
     # Replacing NaN in all scores would cost as much as the maxima, so it runs only if a sum is NaN. It runs query by
     # query, because XLA allocates the memory of this branch in any case.
     return lax.cond(  # type: ignore[no-any-return]
@@ -181,7 +181,7 @@ def _search(scores: Any, k: int, excluded: Any, search: Search) -> tuple[Any, An
             ),
             jnp.arange(scores.shape[1]),
         ),
-        lambda scores, maxima: _two_level_top_k(scores, maxima, k, group_size, to_keys),
+        lambda scores, maxima: _two_level_top_k(scores, maxima, k, size, to_keys),
         scores,
         maxima,
     )
@@ -192,7 +192,7 @@ def _one_level_top_k(keys: Any, k: int) -> tuple[Any, Any]:
     return keys, rows
 
 
-def _group_size(num_rows: int, k: int) -> int:
+def group_size(num_rows: int, k: int) -> int:
     """Returns the number of rows in a group, or 1 if a search in two levels is not faster.
 
     Formula: `group_size = sqrt(num_rows / k)`, rounded to a power of 2 and clipped to [16, 128]. The first level

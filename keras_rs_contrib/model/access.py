@@ -116,7 +116,7 @@ def shared(method: F) -> F:
     @functools.wraps(method)
     def taking_turns(self: Any, *args: Any, **kwargs: Any) -> Any:
         access = self._access.shared if self.is_built else self._access.alone
-        if self.lacks_values and self._access.is_owner:
+        if self._access.is_owner and self.lacks_values:
             raise RuntimeError(
                 "Keras takes the weights out of a model for the batches of an epoch. Received: "
                 f"`{method.__name__}` between them. Call it in `on_epoch_end` of a callback, or after `fit`."

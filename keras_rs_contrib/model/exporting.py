@@ -105,7 +105,6 @@ class ExportingModel(SavedModel):
             print(f"Exported to {target}, as {format}, with the {k} best of {len(retrieval.arrays['ids'])} candidates.")
 
     def _write(self, source: pathlib.Path, target: pathlib.Path, format: str, classes: list[type]) -> None:
-        modules = sorted({each.__module__ for each in classes})
         environment = {
             **os.environ,
             "KERAS_BACKEND": "tensorflow",
@@ -118,7 +117,7 @@ class ExportingModel(SavedModel):
         program = [sys.executable, "-m", "keras_rs_contrib.export.write", str(source), str(target), format]
         names = [[each.__module__, each.__qualname__] for each in classes]
         result = subprocess.run(
-            [*program, json.dumps({"modules": modules, "classes": names})],
+            [*program, json.dumps(names)],
             env=environment,
             capture_output=True,
             text=True,
@@ -191,7 +190,7 @@ class ExportingModel(SavedModel):
         return ExportedRetrieval(
             features=features,
             k=k,
-            normalizes=index.similarity == "cosine",
+            similarity=index.similarity,
             query_id=query_id,
             candidate_names=self._names_of(self.candidate_id),
             arrays=arrays,

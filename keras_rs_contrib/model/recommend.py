@@ -301,21 +301,20 @@ class RecommendingModel(PaddedModel):
         all_k = {index.k}
         if k is not None:
             all_k |= {min(size, index.num_candidates) for size in sizes_up_to(check_k(k, index.num_candidates), MIN_K)}
-        sizes = [
-            (size, num_excluded, each)
-            for size in sizes_up_to(most[0])
-            for num_excluded in [0, *sizes_up_to(most[1], MIN_EXCLUDED)]
-            for each in sorted(all_k)
-        ]
-        progress = keras.utils.Progbar(len(sizes), verbose=int(verbose != 0), unit_name="program")
-        for size, num_excluded, each in sizes:
-            shapes = {name: self._seen_features[name] for name in names}
+        sizes, all_excluded = sizes_up_to(most[0]), [0, *sizes_up_to(most[1], MIN_EXCLUDED)]
+        num_programs = len(sizes) * len(all_excluded) * len(all_k)
+        progress = keras.utils.Progbar(num_programs, verbose=int(verbose != 0), unit_name="program")
+        shapes = {name: self._seen_features[name] for name in names}
+        for size in sizes:
             features = {name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
             self.model_inputs.compile_checks(features)
-            excluded = np.full((size, num_excluded), NO_CANDIDATE, "int32") if num_excluded else None
-            index.find(self._embed_queries(_on_device(features)), each, exclude_ids=excluded)
-            progress.add(1)
-        return len(sizes)
+            embeddings = self._embed_queries(_on_device(features))
+            for num_excluded in all_excluded:
+                excluded = np.full((size, num_excluded), NO_CANDIDATE, "int32") if num_excluded else None
+                for each in sorted(all_k):
+                    index.find(embeddings, each, exclude_ids=excluded)
+                    progress.add(1)
+        return num_programs
 
     @shared
     def score(self, features: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -34,6 +34,7 @@ class PaddedModel(RecoveringModel):
         model_inputs: how batches are checked, and the index. A property of a subclass, derived from its layers.
         query_tower: embeds queries.
         candidate_tower: embeds candidates.
+        retrieval: the index, or `None`.
         corpus_metrics: metrics of ranks that `evaluate` computes.
         check_inputs: whether batches and losses are checked.
         exclude_seen: whether lists leave out what a query has seen, if that is known.
@@ -41,6 +42,7 @@ class PaddedModel(RecoveringModel):
 
     query_tower: keras.layers.Layer
     candidate_tower: keras.layers.Layer
+    retrieval: Any
     corpus_metrics: list[Any]
     check_inputs: bool
     exclude_seen: bool
@@ -63,7 +65,7 @@ class PaddedModel(RecoveringModel):
     @property
     def is_built(self) -> bool:
         """Whether the layers that retrieve have their weights."""
-        layers = (self.query_tower, self.candidate_tower, self.model_inputs.retrieval)
+        layers = (self.query_tower, self.candidate_tower, self.retrieval)
         return all(layer is None or layer.built for layer in layers)
 
     @property
@@ -87,10 +89,9 @@ class PaddedModel(RecoveringModel):
         Raises:
             ValueError: if the tower has changed in a loaded model, whose index does not hold the tower's inputs.
         """
-        index = self.model_inputs.retrieval
-        if index is not None and index.may_be_stale:
+        if self.retrieval is not None and self.retrieval.may_be_stale:
             with self._access.alone("refresh"):
-                index.refresh_if_stale()
+                self.retrieval.refresh_if_stale()
 
     @alone
     def fit(
