@@ -58,21 +58,26 @@ def differ(first: int | None, second: int | None) -> bool:
     return first is not None and second is not None and first != second
 
 
-def known_values(array: Any) -> np.ndarray[Any, Any] | None:
-    """Returns the values of an array or a list, or `None` if they are not known.
+def is_known(array: Any) -> bool:
+    """Returns whether the values of an array or a list are known on the host.
 
     They are not known while a function is traced for compilation, and where an array spans several processes.
     """
     if isinstance(array, (keras.KerasTensor, jax.core.Tracer)):
-        return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return None
-    if not ops.is_tensor(array):
-        return np.asarray(array)
-    if keras.backend.backend() != "jax" and not hasattr(array, "numpy"):
-        return None
-    values: np.ndarray[Any, Any] = ops.convert_to_numpy(array)
-    return values
+        return False
+    if isinstance(array, jax.Array):
+        return bool(array.is_fully_addressable)
+    return keras.backend.backend() == "jax" or not ops.is_tensor(array) or hasattr(array, "numpy")
+
+
+def on_host(array: Any) -> np.ndarray[Any, Any]:
+    """Returns an array, a tensor or a list, whose values are known, as a NumPy array."""
+    return ops.convert_to_numpy(array) if ops.is_tensor(array) else np.asarray(array)
+
+
+def known_values(array: Any) -> np.ndarray[Any, Any] | None:
+    """Returns the values of an array or a list, or `None` if they are not known."""
+    return on_host(array) if is_known(array) else None
 
 
 def check_sample_weight(sample_weight: Any, is_present: Any = None) -> None:

@@ -107,11 +107,12 @@ class IdArguments(keras.layers.Layer):  # type: ignore[misc]
         check_positional(type(self).call, 1 + len(args))
         names = _argument_names(type(self).call)
 
-        def checked(name: str | None, value: Any) -> Any:
-            return to_int32(value, name) if name in self.id_arguments and value is not None else value
+        args = tuple(self.checked(name, value) for name, value in zip_longest(names[: len(args)], args))
+        return super().__call__(*args, **{name: self.checked(name, value) for name, value in kwargs.items()})
 
-        args = tuple(checked(name, value) for name, value in zip_longest(names[: len(args)], args))
-        return super().__call__(*args, **{name: checked(name, value) for name, value in kwargs.items()})
+    def checked(self, name: str | None, value: Any) -> Any:
+        """Returns the value of an argument of `call`, as int32 if it holds ids."""
+        return to_int32(value, name) if name in self.id_arguments and value is not None else value
 
 
 def check_known_ids(candidate_ids: Any, num_candidates: int, owner: str, mask: Any = None) -> None:

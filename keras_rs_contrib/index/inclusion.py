@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.arguments import is_known, on_host
 from keras_rs_contrib.ids import NO_CANDIDATE, to_int32
 from keras_rs_contrib.index.candidate_rows import rows_of_ids
+from keras_rs_contrib.index.sizes import common_size, pad_columns
 
 # Up to this share of the rows of a device, one list for all queries is gathered into a table of its own. On two CPU
 # cores, with 999,983 x 64 candidates, gathering and searching 1/8 of them takes as long as searching all for one query,
@@ -177,20 +178,11 @@ def _of_mask(mask: Any, rows: Rows) -> Inclusion:
     return Inclusion(included=np.pad(mask, ((0, 0), (0, rows.num_rows - mask.shape[1]))))
 
 
-def is_known(array: Any) -> bool:
-    """Returns whether the values of an array are known on the host: it is neither traced nor symbolic."""
-    if isinstance(array, (keras.KerasTensor, jax.core.Tracer)):
-        return False
-    return keras.backend.backend() == "jax" or not ops.is_tensor(array) or hasattr(array, "numpy")
-
-
 def with_common_length(ids: Any) -> Any:
     """Returns known ids padded with -1 to a power of two, so that lists of many lengths share a compiled program."""
     if not is_known(ids):
         return ids if ids.shape[-1] else ops.full((*ids.shape[:-1], 1), NO_CANDIDATE, dtype="int32")
-    ids = ops.convert_to_numpy(ids)
-    missing = (1 << max(0, ids.shape[-1] - 1).bit_length()) - ids.shape[-1]
-    return np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, missing)], constant_values=NO_CANDIDATE)
+    return pad_columns(on_host(ids), common_size(max(ids.shape[-1], 1)))
 
 
 def _mask_of_ids(ids: np.ndarray[Any, Any], id_lookup: Any, num_candidates: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -21,8 +21,9 @@ from keras_rs_contrib.index.exchange import Exchange, on_mesh
 from keras_rs_contrib.index.inclusion import Inclusion, Rows, check_only_one, check_shape, inclusion
 from keras_rs_contrib.index.listed_candidates import top_k_of_listed
 from keras_rs_contrib.index.ranks_of_ids import ranks_of_ids
+from keras_rs_contrib.index.request import Request, cut, padded_call
 from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, Search, check_recall_target
-from keras_rs_contrib.index.sizes import MIN_K, Request, as_array, cut, padded_call, padded_size
+from keras_rs_contrib.index.sizes import MIN_K, as_array, common_size
 from keras_rs_contrib.scores import check_similarity, score_matrix
 from keras_rs_contrib.tables.layout import table_layout
 from keras_rs_contrib.vocabulary import Vocabulary
@@ -144,9 +145,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             )
         check_only_one(kwargs.get("include_ids"), None)
         arguments = {**kwargs, **({"query_embeddings": args[0]} if args else {})}
-        for name in self.id_arguments:
-            if arguments.get(name) is not None:
-                arguments[name] = to_int32(arguments[name], name)
+        arguments = {name: self.checked(name, value) for name, value in arguments.items()}
         result = super().__call__(**padded_call(arguments))
         num_queries = getattr(arguments.get("query_embeddings"), "shape", (None,))[0]
         return keras.tree.map_structure(lambda each: cut(each, (num_queries, self.k)), result)
@@ -213,7 +212,7 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             query_embeddings, exclude_ids=exclude_ids, include_ids=include_ids, include_mask=include_mask
         ).padded(self.num_candidates)
         # The `k` of the index has a program of its own.
-        num_found = min(padded_size(k, MIN_K), self.num_candidates) if request.is_padded and k != self.k else k
+        num_found = min(common_size(k, MIN_K), self.num_candidates) if request.is_padded and k != self.k else k
         results = self._top_k(request, num_found)
         if request.is_padded:
             results = tuple(cut(result, (query_embeddings.shape[0], k)) for result in results)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from keras_rs_contrib import _keras
 from keras_rs_contrib.batches import batch_length, padded_size
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.index.candidate_store import is_table
+from keras_rs_contrib.index.sizes import common_size
 from keras_rs_contrib.model.feature_checks import AllowedIds
 from keras_rs_contrib.model.id_origins import Change, Lookup, MarkedTable, Origin, Program, narrowest
 
@@ -185,7 +185,7 @@ class TracedTower:
             return
         self._note_integers()
         # Few sizes, because each is compiled.
-        num_rows = padded_size(2 ** math.ceil(math.log2(size)))
+        num_rows = padded_size(common_size(size))
         rows = np.minimum(np.arange(num_rows), size - 1)
         features = {name: x[rows].astype(_jax_dtype(x)) for name, x in features.items()}
         results = self._compute(features, self._integer_values)

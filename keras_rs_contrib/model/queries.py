@@ -204,8 +204,8 @@ def metrics_of_ranks(metrics: Iterable[RankMetric], ranks: np.ndarray[Any, Any])
     """
     result = {}
     # Rows and columns of -1 do not count.
-    ranks = sizes.pad_columns(ranks, sizes.padded_size(ranks.shape[1]))
-    missing = sizes.padded_size(len(ranks)) - len(ranks)
+    ranks = sizes.pad_columns(ranks, sizes.common_size(ranks.shape[1]))
+    missing = sizes.common_size(len(ranks)) - len(ranks)
     ranks = sizes.to_device(np.pad(ranks, ((0, missing), (0, 0)), constant_values=NO_CANDIDATE))
     for metric in metrics:
         check_type("metrics", metric, RankMetric)

@@ -15,7 +15,7 @@ from keras_rs_contrib.arguments import explains_keywords, non_negative_int, posi
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
-from keras_rs_contrib.index.sizes import MIN_EXCLUDED, MIN_K, padded_size, sizes_up_to, to_device
+from keras_rs_contrib.index.sizes import MIN_EXCLUDED, MIN_K, common_size, sizes_up_to, to_device
 from keras_rs_contrib.metrics import RankMetric
 from keras_rs_contrib.model.access import shared
 from keras_rs_contrib.model.feature_names import FeatureNames
@@ -339,7 +339,7 @@ class RecommendingModel(PaddedModel):
         if isinstance(features, dict):
             # Pairs of any number share few programs.
             num_pairs = len(features[names.of_query[0]])
-            batches.multiple = padded_size(min(num_pairs, QUERIES_AT_ONCE))
+            batches.multiple = common_size(min(num_pairs, QUERIES_AT_ONCE))
         for x, _, sample_weight in batches:
             queries = self._embed_queries(x, False)
             candidates = columns.select(x, self.candidate_features)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.index.sizes import common_size
 from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.popularity import Popularity
 
@@ -152,7 +153,7 @@ class TrainingData:
         places = np.minimum(np.searchsorted(self._queries, queries), len(self._queries) - 1)
         is_known = self._queries[places] == queries
         lengths = np.where(is_known, self._starts[places + 1] - self._starts[places], 0)
-        width = 1 << int(max(lengths.max(initial=1) - 1, 0)).bit_length()
+        width = common_size(int(lengths.max(initial=1)))
         columns = np.arange(width)
         is_seen = columns < lengths[:, None]
         result = np.full((len(queries), width), NO_CANDIDATE, "int32")

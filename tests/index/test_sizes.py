@@ -48,7 +48,7 @@ def test_few_queries_at_once_are_a_power_of_two():
 def test_sizes_up_to_a_number_are_those_of_all_smaller_numbers():
     for least in (1, 8):
         for number in range(100):
-            expected = sorted({sizes.padded_size(i, least) for i in range(1, number + 1)})
+            expected = sorted({sizes.common_size(i, least) for i in range(1, number + 1)})
             assert sizes.sizes_up_to(number, least) == expected
 
 
