@@ -29,6 +29,7 @@ __all__ = [
     "get_layout",
     "get_learning_rate",
     "has_value",
+    "holding",
     "is_in_stateless_scope",
     "is_loading",
     "is_saving",
@@ -172,6 +173,29 @@ def set_layout(variable: keras.Variable, sharding: Any) -> None:
     except BaseException:
         variable._layout = previous
         raise
+
+
+@contextlib.contextmanager
+def holding(values: list[tuple[keras.Variable, Any]]) -> Iterator[None]:
+    """Lets variables hold other values, within `with`, without a layout.
+
+    Keras cannot save a variable whose value spans several processes. Replacement: a public `keras.saving` that gathers
+    the value.
+
+    Args:
+        values: each variable and its value on one device.
+    """
+    # 4. The same attribute.
+    before = [(variable, variable._layout, variable.value) for variable, _ in values]
+    try:
+        for variable, value in values:
+            variable._layout = None
+            variable.assign(value)
+        yield
+    finally:
+        for variable, layout, value in before:
+            variable._layout = layout
+            variable.assign(value)
 
 
 def set_shape(variable: keras.Variable, shape: tuple[int, ...]) -> None:

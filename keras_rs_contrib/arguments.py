@@ -13,6 +13,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.processes import to_host
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -61,17 +63,22 @@ def differ(first: int | None, second: int | None) -> bool:
 def is_known(array: Any) -> bool:
     """Returns whether the values of an array or a list are known on the host.
 
-    They are not known while a function is traced for compilation, and where an array spans several processes.
+    They are not known while a function is traced for compilation.
     """
     if isinstance(array, (keras.KerasTensor, jax.core.Tracer)):
         return False
     if isinstance(array, jax.Array):
-        return bool(array.is_fully_addressable)
+        return True
     return keras.backend.backend() == "jax" or not ops.is_tensor(array) or hasattr(array, "numpy")
 
 
 def on_host(array: Any) -> np.ndarray[Any, Any]:
-    """Returns an array, a tensor or a list, whose values are known, as a NumPy array."""
+    """Returns an array, a tensor, a variable or a list, whose values are known, as a NumPy array.
+
+    If it spans several processes, all of them have to call this.
+    """
+    if keras.backend.backend() == "jax":
+        return to_host(array.value if isinstance(array, keras.Variable) else array)
     return ops.convert_to_numpy(array) if ops.is_tensor(array) else np.asarray(array)
 
 

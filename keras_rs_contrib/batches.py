@@ -13,8 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import _keras, columns, distribution
+from keras_rs_contrib import _keras, columns, processes, shared_batches
 from keras_rs_contrib.arguments import positive_int
+from keras_rs_contrib.batch_padding import batch_length, pad, pad_for_process, padded_size
 
 _NO_BATCH = "A dataset needs at least one batch. Received: one without any. Check what it reads and filters."
 
@@ -111,7 +112,7 @@ def padded_batches(
         # Keras silently drops weights that come without targets.
         x, sample_weight = (x, sample_weight), None
     try:
-        adapter = _keras.get_data_adapter(
+        adapter = _undistributed_adapter(
             x=x,
             y=y,
             sample_weight=sample_weight,
@@ -125,9 +126,22 @@ def padded_batches(
         raise ValueError(_NO_BATCH) from error
     batches = PaddedBatches(adapter, multiple, prepare, has_weights_only)
     if are_arrays and shuffle:
-        again = functools.partial(_keras.get_data_adapter, x=x, y=y, sample_weight=sample_weight, batch_size=batch_size)
+        again = functools.partial(_undistributed_adapter, x=x, y=y, sample_weight=sample_weight, batch_size=batch_size)
         batches.unshuffled_adapter = again
+    batches.is_shuffled = bool(shuffle)
     return batches
+
+
+def _undistributed_adapter(**data: Any) -> Any:
+    """Returns Keras's view of data as one process reads it. Keras would split a dataset, and reject other data."""
+    in_force = keras.distribution.distribution()
+    if in_force is None or processes.num_processes() == 1:
+        return _keras.get_data_adapter(**data)
+    keras.distribution.set_distribution(None)
+    try:
+        return _keras.get_data_adapter(**data)
+    finally:
+        keras.distribution.set_distribution(in_force)
 
 
 def _without_frames(data: Any) -> Any:
@@ -154,6 +168,8 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     """
 
     is_exhausted = False
+    # Whether the order of the batches depends on the random generators of NumPy and Python.
+    is_shuffled = False
 
     def __init__(
         self,
@@ -167,10 +183,13 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         self.prepare = prepare
         self.has_weights_only = has_weights_only
         self.sizes: list[tuple[int, int]] = []
+        self._agreed_num_batches: tuple[int | None] | None = None
         # Raised while TensorFlow read the batches.
         self._error: Exception | None = None
         # Creates the adapter of the same batches in the order of the data, or `None` if they are in this order.
         self.unshuffled_adapter: Callable[[], Any] | None = None
+        # What fills the missing columns of features whose width differs between processes, by name.
+        self.column_padding: dict[str, Any] = {}
         # Like `prepare`, for `unshuffled`.
         self.prepare_unchecked: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None
 
@@ -186,24 +205,45 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         return PaddedBatches(self.adapter, multiple, self.prepare, self.has_weights_only)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        """Yields the batches of one epoch."""
+        """Yields the batches of one epoch. One of several processes gets all rows that it has read."""
+        self.sizes = sizes = []
+        for batch in self._prepared():
+            size = batch_length(batch)
+            sizes.append((size, padded_size(size, self.multiple)))
+            yield pad(*batch, *sizes[-1])
+
+    def _prepared(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yields the batches of one epoch without padding."""
         if self.is_exhausted:
             raise ValueError(
                 "A generator can be read once. Received: an exhausted one. "
                 "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which start again."
             )
-        self.sizes = sizes = []
+        number = -1
         for number, batch in enumerate(self.adapter.get_numpy_iterator()):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             if self.has_weights_only:
                 x, sample_weight = x
             if self.prepare is not None:
                 x, y, sample_weight = self.prepare(number, x, y, sample_weight)
-            size = batch_length((x, y, sample_weight))
-            sizes.append((size, padded_size(size, self.multiple)))
-            yield pad(x, y, sample_weight, *sizes[-1])
+            yield x, y, sample_weight
         # Keras would start again with the few batches that it has looked at, and end after them.
         self.is_exhausted = isinstance(self.adapter, _keras.GeneratorDataAdapter)
+        if number < 0 and not processes.have_own_data():
+            raise ValueError(_NO_BATCH)
+
+    def _own_rows(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yields the rows of each batch of one epoch that belong to this one of several processes."""
+        self.sizes = sizes = []
+        if self.is_shuffled and not processes.have_own_data():
+            processes.share_random_state()
+        # A generator continues in the next call of `fit`.
+        max_ahead = 1 if isinstance(self.adapter, _keras.GeneratorDataAdapter) else shared_batches.MAX_AHEAD
+        agreed = shared_batches.agree(self._prepared(), max_ahead, self.column_padding)
+        for batch, size, size_of_all in agreed:
+            padded, new_size = pad_for_process(batch, size, size_of_all, self.multiple)
+            sizes.append((size, new_size))
+            yield padded
         if not sizes:
             raise ValueError(_NO_BATCH)
 
@@ -218,7 +258,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     def get_jax_iterator(self) -> Iterator[tuple[Any, Any, Any]]:
         """Returns an iterator over one epoch, whose batches Keras can distribute over devices."""
-        for x, y, sample_weight in self:
+        for x, y, sample_weight in self if processes.num_processes() == 1 else self._own_rows():
             batch = keras.tree.map_structure(_with_jax_dtype, (x, y, sample_weight), none_is_leaf=False)
             yield batch[0], _keras.distributable_targets(batch[1]), batch[2]
 
@@ -261,9 +301,14 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     @property
     def num_batches(self) -> int | None:
-        """The number of batches in an epoch, or `None` if it is unknown."""
+        """The number of batches in an epoch, or `None` if it is unknown. With several processes, the largest one."""
         num_batches: int | None = self.adapter.num_batches
-        return num_batches
+        if not processes.have_own_data():
+            return num_batches
+        if self._agreed_num_batches is None:
+            numbers = processes.gather(num_batches)
+            self._agreed_num_batches = (None if None in numbers else max(numbers),)
+        return self._agreed_num_batches[0]
 
     @property
     def batch_size(self) -> int | None:
@@ -286,45 +331,6 @@ def _as_tuple(batch: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     return x, () if y is None else y, sample_weight
 
 
-def padded_size(size: int, multiple: int | None = None) -> int:
-    """Returns `ceil(max(size, 1) / multiple) * multiple`, the number of rows of a padded batch.
-
-    Args:
-        size: number of rows before padding.
-        multiple: what must divide the number, or `None` for the number of replicas of the distribution in force.
-    """
-    multiple = multiple or distribution.num_replicas()
-    return -(-max(size, 1) // multiple) * multiple
-
-
-def pad(x: Any, y: Any, sample_weight: Any, size: int, new_size: int) -> tuple[Any, Any, Any]:
-    """Returns a batch followed by rows of weight 0.
-
-    Args:
-        x: nested structure of `[size, ...]` arrays.
-        y: the same, or `None`.
-        sample_weight: the same, or `None` for 1.
-        size: number of rows of the batch.
-        new_size: number of rows with padding.
-    """
-    if sample_weight is None:
-        sample_weight = np.ones(size, "float32")
-    if new_size == size:
-        return x, y, sample_weight
-    rows = np.minimum(np.arange(new_size), size - 1)
-
-    def repeat_last(array: Any) -> Any:
-        array = np.asarray(array)
-        return array[rows] if size else np.zeros((new_size, *array.shape[1:]), array.dtype)
-
-    def add_zeros(weight: Any) -> Any:
-        weight = np.asarray(weight)
-        return np.concatenate([weight, np.zeros((new_size - size, *weight.shape[1:]), weight.dtype)])
-
-    x, y = keras.tree.map_structure(repeat_last, (x, y), none_is_leaf=False)
-    return x, y, keras.tree.map_structure(add_zeros, sample_weight)
-
-
 def _with_jax_dtype(array: Any) -> Any:
     """Returns an array with the dtype that JAX would convert it to, and from 0.12 on warns about."""
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
@@ -333,23 +339,6 @@ def _with_jax_dtype(array: Any) -> Any:
 def is_present(sample_weight: Any) -> Any:
     """Returns which rows of a batch are present, `[batch]` bool: those whose weight is not 0."""
     return ops.not_equal(sample_weight, 0)
-
-
-def batch_length(batch: Any) -> int:
-    """Returns the number of rows of the arrays of a batch, or raises `ValueError` if they differ."""
-    arrays = [array for array in keras.tree.flatten(batch) if array is not None]
-    if any(len(array.shape) == 0 for array in arrays):
-        raise ValueError(
-            "The arrays of a batch must have a row for each example. Received: a single number. "
-            "Batch the dataset first: `dataset.batch(batch_size)`."
-        )
-    lengths = {int(array.shape[0]) for array in arrays}
-    if len(lengths) != 1:
-        raise ValueError(
-            "The arrays of a batch must have a row for each example. Received: "
-            f"arrays of lengths {sorted(lengths)}. Cut them from the same examples."
-        )
-    return lengths.pop()
 
 
 def split_off_validation(data: Any, validation_split: float) -> tuple[Any, Any]:
@@ -381,3 +370,19 @@ def split_off_validation(data: Any, validation_split: float) -> tuple[Any, Any]:
         return keras.tree.map_structure(lambda array: array if array is None else array[rows], data)
 
     return part(slice(0, split_at)), part(slice(split_at, None))
+
+
+def padded_batch(prepare: Callable[[], Any], column_padding: dict[str, Any]) -> Any:
+    """Returns one batch with padding, or the rows of it that one of several processes feeds.
+
+    Args:
+        prepare: returns `(x, y, sample_weight)`, or raises.
+        column_padding: as in `shared_batches.agree`.
+    """
+    if processes.num_processes() == 1:
+        x, y, sample_weight = prepare()
+        size = batch_length((x, y, sample_weight))
+        return pad(x, y, sample_weight, size, padded_size(size))
+    only = (prepare() for _ in range(1))
+    ((batch, size, size_of_all),) = shared_batches.agree(only, column_padding=column_padding)
+    return pad_for_process(batch, size, size_of_all)[0]

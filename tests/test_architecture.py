@@ -16,8 +16,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "keras_rs_contrib"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports from its own level and from those above it in this list.
 LEVELS = [
-    {"_keras", "arguments", "columns", "interactions", "names", "scores"},
-    {"distribution", "ids", "metrics", "vocabulary"},
+    {"_keras", "arguments", "columns", "interactions", "names", "processes", "scores"},
+    {"batch_padding", "distribution", "ids", "metrics", "shared_batches", "vocabulary"},
     {"batches", "tables", "task", "negatives"},
     {"index"},
     {"export"},

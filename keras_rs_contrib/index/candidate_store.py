@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import explains_keywords, positive_int
+from keras_rs_contrib.arguments import explains_keywords, on_host, positive_int
 from keras_rs_contrib.distribution import axis_size
 from keras_rs_contrib.ids import check_corpus_ids
 from keras_rs_contrib.index import corpus
@@ -213,7 +213,7 @@ class CandidateStore(Staleness):
             return
         is_stale, known = other.is_stale, ops.convert_to_numpy(other.tower_checksum)
         ids = None if other.candidate_ids is None else ops.convert_to_numpy(other.candidate_ids)
-        self._assign_corpus(np.asarray(other.candidate_embeddings)[: other.num_candidates], ids)
+        self._assign_corpus(on_host(other.candidate_embeddings)[: other.num_candidates], ids)
         self._note_tower()
         if is_stale or not known.any():
             self.tower_checksum.assign(known)  # type: ignore[union-attr]

@@ -12,7 +12,9 @@ from jax import lax
 from jax import numpy as jnp
 from keras import ops
 
+from keras_rs_contrib.arguments import on_host
 from keras_rs_contrib.columns import as_array, as_dict, is_frame, is_series, names_in, select
+from keras_rs_contrib.processes import verbosity
 from keras_rs_contrib.vocabulary import Vocabulary
 
 # Candidates that go through a feature tower at once: enough to keep it busy, with little memory.
@@ -147,12 +149,12 @@ def embed(tower: keras.layers.Layer, candidates: Any, verbose: int | str = "auto
     starts = range(0, num_candidates, REFRESH_BLOCK_SIZE)
     if verbose == "auto":
         verbose = int(len(starts) > MANY_BLOCKS)
-    progress = keras.utils.Progbar(num_candidates, verbose=verbose, unit_name="candidate")
+    progress = keras.utils.Progbar(num_candidates, verbose=verbosity(verbose), unit_name="candidate")
     blocks = []
     for start in starts:
         stop = min(start + REFRESH_BLOCK_SIZE, num_candidates)
         block = keras.tree.map_structure(lambda array, rows=slice(start, stop): array[rows], candidates)
-        embeddings = ops.convert_to_numpy(tower(block, training=False)).astype("float32")
+        embeddings = on_host(tower(block, training=False)).astype("float32")
         if embeddings.ndim != 2 or embeddings.shape[0] != stop - start:
             raise ValueError(
                 "The candidate tower must map candidates to `[num_candidates, embedding_dim]`. Received: "
@@ -165,7 +167,7 @@ def embed(tower: keras.layers.Layer, candidates: Any, verbose: int | str = "auto
 
 def check_finite(embeddings: Any) -> None:
     """Raises `ValueError` if `[num_candidates, embedding_dim]` embeddings are not finite."""
-    finite = np.isfinite(ops.convert_to_numpy(embeddings)).all(axis=1)
+    finite = np.isfinite(on_host(embeddings)).all(axis=1)
     if not finite.all():
         raise ValueError(
             "The embeddings of candidates must be finite. Received: NaN or infinity for candidate "
@@ -182,7 +184,7 @@ def checksum(variables: list[keras.Variable]) -> np.ndarray[Any, np.dtype[np.int
     rows do not count.
     """
     if keras.backend.backend() == "jax":
-        return np.asarray(_jax_checksum([variable.value for variable in variables])).view("int32")
+        return on_host(_jax_checksum([variable.value for variable in variables])).view("int32")
     total = np.ones(2, "uint32")
     for variable in variables:
         bits = _mixed(_bits(ops.convert_to_numpy(variable.value)))

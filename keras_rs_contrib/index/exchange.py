@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import ops
 
+from keras_rs_contrib import processes
 from keras_rs_contrib.tables.layout import TableLayout
 
 
@@ -143,4 +144,6 @@ def on_mesh(array: Any, layout: TableLayout | None) -> Any:
     """
     if array is None or layout is None or isinstance(array, jax.core.Tracer):
         return array
+    if processes.num_processes() > 1 and getattr(array, "is_fully_addressable", True):
+        return processes.on_all_devices(array)
     return jax.device_put(array, NamedSharding(layout.mesh, PartitionSpec()))

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib import processes
 from keras_rs_contrib.arguments import on_host
 from keras_rs_contrib.ids import NO_CANDIDATE
 
@@ -74,4 +75,6 @@ def as_array(values: Any) -> Any:
 
 def to_device(array: np.ndarray[Any, Any]) -> Any:
     """Returns an array on the host as a tensor. From JAX 0.10 on, `jnp.asarray` compiles a program for each shape."""
+    if processes.num_processes() > 1:
+        return processes.on_all_devices(array)
     return jax.device_put(array) if keras.backend.backend() == "jax" else ops.convert_to_tensor(array)

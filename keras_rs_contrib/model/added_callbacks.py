@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_rs_contrib import processes
 from keras_rs_contrib.model.training_data import TrainingData
 
 
@@ -47,7 +48,10 @@ class Collect(keras.callbacks.Callback):  # type: ignore[misc]
     def __enter__(self) -> None:
         self.training_data.begin(seen=self.seen)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and processes.have_own_data():
+            # Others may not get here.
+            self.training_data.discard()
         self.training_data.end()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -7,9 +7,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-from keras import ops
 
-from keras_rs_contrib import columns
+from keras_rs_contrib import columns, processes
+from keras_rs_contrib.arguments import on_host
 from keras_rs_contrib.batches import PaddedBatches
 from keras_rs_contrib.model.feature_names import flat
 from keras_rs_contrib.model.inputs import ModelInputs
@@ -109,12 +109,16 @@ def popularity_metrics(model: Any, batches: PaddedBatches, steps: int | None) ->
     if popularity is None or batches.is_exhausted:
         return {}
     metrics = [type(metric).from_config(metric.get_config()) for metric in model.corpus_metrics]
+    ranked = []
     for x, y, sample_weight in itertools.islice(batches, steps):
         candidate_ids = np.reshape(x[names.candidate_id], (-1, 1))
         ranks = popularity.ranks(candidate_ids, exclude_ids=names.exclude_ids(x))[:, 0]
-        weight = model._weight_of_positives(x, y, sample_weight)
+        ranked.append((ranks, on_host(model._weight_of_positives(x, y, sample_weight))))
+    if processes.have_own_data():
+        ranked = [each for batches_of_process in processes.gather(ranked) for each in batches_of_process]
+    for ranks, weight in ranked:
         for metric in metrics:
-            metric.update_state(ranks, sample_weight=ops.convert_to_numpy(weight))
+            metric.update_state(ranks, sample_weight=weight)
     return {metric.name: float(metric.result()) for metric in metrics}
 
 
@@ -139,7 +143,7 @@ def report_popularity(
         print(_table(ours, theirs))
     signs = {metric.name: 1 if metric.higher_is_better else -1 for metric in model.corpus_metrics}
     gains = {name: signs[name] * (value - theirs[name]) for name, value in ours.items()}
-    if max(gains.values()) <= 0 > min(gains.values()):
+    if max(gains.values()) <= 0 > min(gains.values()) and processes.is_first():
         name = min(gains, key=gains.__getitem__)
         warnings.warn(
             "The model ranks worse than the popularity of candidates in the training data. Received: "

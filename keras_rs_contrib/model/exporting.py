@@ -16,9 +16,10 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.arguments import explains_keywords
+from keras_rs_contrib.arguments import explains_keywords, on_host
 from keras_rs_contrib.export.retrieval import ExportedFeature, ExportedRetrieval, ExportedTower
 from keras_rs_contrib.index.candidate_store import check_k
+from keras_rs_contrib.model.one_writer import in_one_process
 from keras_rs_contrib.model.saving import SavedModel
 from keras_rs_contrib.model.training_data import ids_of
 from keras_rs_contrib.scores import to_comparable
@@ -31,6 +32,7 @@ class ExportingModel(SavedModel):
     """A model whose retrieval can be exported."""
 
     @explains_keywords
+    @in_one_process
     def export(
         self,
         filepath: Any,
@@ -169,7 +171,7 @@ class ExportingModel(SavedModel):
         ids = ids_of(index)
         assert ids is not None
         kept = ~np.isin(ids, index.exclude_ids)
-        table = ops.convert_to_numpy(index.candidate_embeddings)[: len(ids)][kept]
+        table = on_host(index.candidate_embeddings)[: len(ids)][kept]
         arrays = {
             "table": ops.convert_to_numpy(to_comparable(table, index.similarity)),
             "ids": ids[kept].astype("int32"),

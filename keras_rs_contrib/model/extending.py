@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.arguments import on_host
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model.grown_index import copy_index
 from keras_rs_contrib.model.growth import Growth, growth_of
@@ -262,7 +263,7 @@ def _has_rows(old: keras.Variable, new: keras.Variable) -> bool:
 
 
 def _value(variable: keras.Variable) -> np.ndarray[Any, Any]:
-    return np.asarray(variable.value)
+    return on_host(variable)
 
 
 def _assign(variable: keras.Variable, value: np.ndarray[Any, Any]) -> None:

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rs_contrib.arguments import on_host
+
 
 class StopIfNotFinite(keras.callbacks.Callback):  # type: ignore[misc]
     """Stops training after an epoch whose loss is NaN or infinite.
@@ -44,7 +46,7 @@ def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -
     generator = np.random.default_rng(0)
 
     def finite(variable: keras.Variable) -> Any:
-        values = ops.convert_to_numpy(variable.value)
+        values = on_host(variable)
         if not jnp.issubdtype(values.dtype, jnp.floating):
             return variable.value
         # Random, because a tower may divide by a norm.
@@ -54,7 +56,7 @@ def row_not_finite(tower: keras.layers.Layer, inputs: Any, sample_weight: Any) -
     mapping = [(variable, finite(variable)) for variable in tower.variables]
     with keras.StatelessScope(state_mapping=mapping):
         outputs = tower(inputs, training=False)
-    is_finite = np.isfinite(np.asarray(outputs, "float32")).reshape(len(sample_weight), -1).all(axis=1)
+    is_finite = np.isfinite(on_host(outputs).astype("float32")).reshape(len(sample_weight), -1).all(axis=1)
     rows = np.flatnonzero(~is_finite & (np.asarray(sample_weight) != 0))
     return int(rows[0]) if rows.size else None
 
@@ -84,7 +86,7 @@ def not_finite(variables: Iterable[keras.Variable], where: str) -> str:
         where: the loss, and in which epoch.
     """
     for variable in variables:
-        values = ops.convert_to_numpy(variable.value)
+        values = on_host(variable)
         finite = np.isfinite(values).reshape(len(values) if values.ndim else 1, -1).all(axis=1)
         if not finite.all():
             rows = np.flatnonzero(~finite)

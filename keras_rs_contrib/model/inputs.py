@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import batches, columns
+from keras_rs_contrib.batch_padding import batch_length
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.model import feature_checks
@@ -182,8 +183,16 @@ class ModelInputs:
         purpose = self._with_index_ids(purpose)
         prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), purpose)
         result = batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
-        result.prepare_unchecked = self._encode
+        result.prepare_unchecked, result.column_padding = self._encode, self._column_padding
         return result
+
+    @property
+    def _column_padding(self) -> dict[str, Any]:
+        """What fills the missing columns of features with lists of ids, by name."""
+        names = self.names
+        of_ids = {name: NO_CANDIDATE for name in (names.exclude, names.positives, names.negatives, LEFT_OUT) if name}
+        # Where there is no id, any probability will do.
+        return of_ids if names.negative_probability is None else {**of_ids, names.negative_probability: 1}
 
     def _with_index_ids(self, purpose: Purpose) -> Purpose:
         """Returns a copy with the ids of the index, if they are needed. It identifies what reads the batches."""
@@ -202,15 +211,15 @@ class ModelInputs:
         purpose: Purpose = Purpose(),
     ) -> tuple[Any, Any, Any]:
         """Returns one batch, checked and padded. The arguments are those of `batches`."""
-        corpus_ids = self._corpus_ids(purpose.queries_only)
-        x, y, sample_weight = self._prepare(corpus_ids, self._with_index_ids(purpose), 0, x, y, sample_weight)
-        size = batches.batch_length((x, y, sample_weight))
-        return batches.pad(x, y, sample_weight, size, batches.padded_size(size))
+        corpus_ids, purpose = self._corpus_ids(purpose.queries_only), self._with_index_ids(purpose)
+        prepare = functools.partial(self._prepare, corpus_ids, purpose, 0, x, y, sample_weight)
+        batch: tuple[Any, Any, Any] = batches.padded_batch(prepare, self._column_padding)
+        return batch
 
     def queries(self, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Returns the checked features of queries as arrays, without padding, and the number of queries."""
         features, _, _ = self._prepare([], Purpose(queries_only=True), 0, features, None, None)
-        return {name: np.asarray(values) for name, values in features.items()}, batches.batch_length(features)
+        return {name: np.asarray(values) for name, values in features.items()}, batch_length(features)
 
     def _prepare(
         self,
@@ -232,7 +241,7 @@ class ModelInputs:
             self.names.labels(x, y)
         if self.check:
             # The checks speak of rows.
-            batches.batch_length((x, y, sample_weight))
+            batch_length((x, y, sample_weight))
             features = {name: x[name] for name in needed}
             self._check_values(corpus_ids, number, features, {"`y`": y, "`sample_weight`": sample_weight})
             self._check_optional(number, x)

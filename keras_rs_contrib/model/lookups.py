@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from keras_rs_contrib import _keras
-from keras_rs_contrib.batches import batch_length, padded_size
+from keras_rs_contrib.batch_padding import batch_length, padded_size
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.index.candidate_store import is_table
 from keras_rs_contrib.index.sizes import common_size

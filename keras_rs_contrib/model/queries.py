@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import keras
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib.arguments import check_type
+from keras_rs_contrib import processes
+from keras_rs_contrib.arguments import check_type, on_host
+from keras_rs_contrib.batch_padding import batch_length
 from keras_rs_contrib.columns import rank
 from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.index import sizes
@@ -58,6 +63,32 @@ class CheckedQueries(NamedTuple):
             limits["exclude_ids"] = seen if own is None else np.concatenate([own, seen], axis=1)
         return limits
 
+    def of_all_processes(self, *arrays: np.ndarray[Any, Any]) -> tuple[CheckedQueries, list[Any], slice]:
+        """Returns the queries of all processes, rows of ids for them, and which of them are those of this process.
+
+        If all processes have the same data, that is all of them.
+
+        Args:
+            *arrays: `[num_queries, n]` int32 ids, padded with -1.
+
+        Raises:
+            ValueError: in all processes, if queries that must be the same are not.
+        """
+        if not processes.have_own_data():
+            if processes.num_processes() > 1:
+                given = (self.features, self.limits, self.query_ids, arrays)
+                processes.check_same("queries", zlib.crc32(pickle.dumps(given)))
+            return self, list(arrays), slice(None)
+        found = processes.gather((self.features, self.limits, self.number, self.query_ids, arrays))
+        all_features, all_limits, numbers, all_query_ids, all_arrays = zip(*found, strict=True)
+        limits = {name: _join_rows([each[name] for each in all_limits], numbers) for name in self.limits}
+        features = {name: np.concatenate([each[name] for each in all_features]) for name in self.features}
+        query_ids = None if self.query_ids is None else np.concatenate(all_query_ids)
+        queries = self._replace(features=features, limits=limits, number=sum(numbers), query_ids=query_ids)
+        start = sum(numbers[: jax.process_index()])
+        joined = [_join_rows(list(each), numbers) for each in zip(*all_arrays, strict=True)]
+        return queries, joined, slice(start, start + self.number)
+
     def search(
         self,
         function: Callable[..., Any],
@@ -76,7 +107,7 @@ class CheckedQueries(NamedTuple):
         """
         if verbose == "auto":
             verbose = int(self.number > 16 * QUERIES_AT_ONCE)
-        progress = keras.utils.Progbar(self.number, verbose=verbose, unit_name="query")
+        progress = keras.utils.Progbar(self.number, verbose=processes.verbosity(verbose), unit_name="query")
         widths = [array.shape[1] for array in self.limits.values() if array is not None and array.ndim == 2]
         if self.query_ids is not None:
             widths.append(self.training_data.max_seen)
@@ -92,9 +123,54 @@ class CheckedQueries(NamedTuple):
             }
             padded_arrays = (sizes.pad_rows(array[rows], padded, NO_CANDIDATE) for array in arrays)
             found = function(features, limits, *padded_arrays)
-            results.append([np.asarray(each)[:size] for each in found])
+            results.append([on_host(each)[:size] for each in found])
             progress.update(start)
         return [np.concatenate(each) for each in zip(*results, strict=True)]
+
+
+def pairs_of_all_processes(features: Any, weights: Any) -> tuple[Any, Any, slice]:
+    """Returns the features and weights of the rows of all processes, and which rows are those of this one.
+
+    If all processes have the same data, that is all of them.
+
+    Args:
+        features: dict of arrays with a row for each pair.
+        weights: `[num_pairs]` float, or `None`.
+    """
+    if not processes.have_own_data():
+        if processes.num_processes() > 1:
+            processes.check_same("pairs", zlib.crc32(pickle.dumps((features, weights))))
+        return features, weights, slice(None)
+    number = batch_length(features)
+    found = processes.gather((features, np.ones(number, "float32") if weights is None else weights))
+    numbers = [len(each) for _, each in found]
+    start = sum(numbers[: jax.process_index()])
+    features = {name: np.concatenate([each[name] for each, _ in found]) for name in features}
+    return features, np.concatenate([each for _, each in found]), slice(start, start + number)
+
+
+def _join_rows(arrays: list[Any], numbers: tuple[int, ...]) -> Any:
+    """Returns the ids, or bools, of the queries of all processes, a row for each query; or `None` if none has any.
+
+    Args:
+        arrays: for each process, `[num_queries, n]`, `[n]` for all of its queries, or `None`.
+        numbers: the number of queries of each process.
+    """
+    given = [array for array in arrays if array is not None]
+    if not given:
+        return None
+    if all(array is not None and array.ndim == 1 and np.array_equal(array, given[0]) for array in arrays):
+        return given[0]
+    # Without a mask, all may be found, and without ids to exclude, none is left out.
+    of_none = given[0].dtype == bool
+    width = max(array.shape[-1] for array in given)
+    rows = []
+    for array, number in zip(arrays, numbers, strict=True):
+        if array is None:
+            array = np.full((number, width), of_none or NO_CANDIDATE, given[0].dtype)
+        array = np.broadcast_to(array, (number, array.shape[-1]))
+        rows.append(sizes.pad_columns(array, width))
+    return np.concatenate(rows)
 
 
 def as_features(values: Any, names: list[str]) -> Any:

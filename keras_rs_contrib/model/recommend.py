@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_rs_contrib import columns
-from keras_rs_contrib.arguments import explains_keywords, non_negative_int, positive_int
+from keras_rs_contrib import columns, processes
+from keras_rs_contrib.arguments import explains_keywords, non_negative_int, on_host, positive_int
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
@@ -27,6 +26,7 @@ from keras_rs_contrib.model.queries import (
     check_limits,
     check_positive_rows,
     metrics_of_ranks,
+    pairs_of_all_processes,
     with_batch_axis,
 )
 from keras_rs_contrib.model.towers import embeddings_of
@@ -145,14 +145,16 @@ class RecommendingModel(PaddedModel):
             scores, ids = index.find(embed(features), k, **limits)
             return ids, scores
 
-        queries = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
+        with processes.failing_alike():
+            own = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
+        queries, _, own_rows = own.of_all_processes()
         embed = self._embedding_in_order()
         self.refresh_index()
-        ids, scores = queries.search(find, verbose)
+        ids, scores = (found[own_rows] for found in queries.search(find, verbose))
         vocabularies = self.model_inputs.vocabularies
-        unknown = self.model_inputs.unknown_queries(queries.features)
+        unknown = self.model_inputs.unknown_queries(own.features)
         if unknown is not None and unknown.any():
-            self._fill_with_popular(ids, scores, unknown, queries)
+            self._fill_with_popular(ids, scores, unknown, own)
         return Recommendations(vocabularies.decode_ids(ids), scores, unknown)
 
     def _fill_with_popular(self, ids: Any, scores: Any, unknown: Any, queries: CheckedQueries) -> None:
@@ -211,15 +213,17 @@ class RecommendingModel(PaddedModel):
             ValueError: if features are missing or invalid, a positive is not a candidate, or shapes do not match.
         """
         index = self._index()
-        positive_ids = self.model_inputs.vocabularies.encode_ids(positive_ids)
-        queries = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
-        positive_ids = check_positive_rows(positive_ids, queries.number)
-        if self.model_inputs.vocabularies.of_candidates is not None and (positive_ids == UNKNOWN_ROW).any():
-            row = int(np.argwhere(positive_ids == UNKNOWN_ROW)[0][0])
-            raise ValueError(
-                "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
-                f"{row}. Leave unknown candidates out."
-            )
+        with processes.failing_alike():
+            positive_ids = self.model_inputs.vocabularies.encode_ids(positive_ids)
+            own = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
+            positive_ids = check_positive_rows(positive_ids, own.number)
+            if self.model_inputs.vocabularies.of_candidates is not None and (positive_ids == UNKNOWN_ROW).any():
+                row = int(np.argwhere(positive_ids == UNKNOWN_ROW)[0][0])
+                raise ValueError(
+                    "`positive_ids` must be names of the vocabulary. Received: an unknown name for query "
+                    f"{row}. Leave unknown candidates out."
+                )
+        queries, (positive_ids,), _ = own.of_all_processes(positive_ids)
         # Without vocabularies, all queries are known.
         needs_popularity = by_popularity or bool(self.vocabularies)
         popularity = self.model_inputs.training_data.popularity(index, ids_of(index)) if needs_popularity else None
@@ -303,7 +307,9 @@ class RecommendingModel(PaddedModel):
             all_k |= {min(size, index.num_candidates) for size in sizes_up_to(check_k(k, index.num_candidates), MIN_K)}
         sizes, all_excluded = sizes_up_to(most[0]), [0, *sizes_up_to(most[1], MIN_EXCLUDED)]
         num_programs = len(sizes) * len(all_excluded) * len(all_k)
-        progress = keras.utils.Progbar(num_programs, verbose=int(verbose != 0), unit_name="program")
+        progress = keras.utils.Progbar(
+            num_programs, verbose=processes.verbosity(int(verbose != 0)), unit_name="program"
+        )
         shapes = {name: self._seen_features[name] for name in names}
         for size in sizes:
             features = {name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
@@ -335,7 +341,11 @@ class RecommendingModel(PaddedModel):
         features = with_batch_axis(columns.as_dict(features), names.needed(False), self._ranks_of_features())
         vocabularies = dataclasses.replace(inputs.vocabularies, unknown_candidates="skip", skipped=Skipped())
         inputs = dataclasses.replace(inputs, names=names, vocabularies=vocabularies)
-        batches, parts = inputs.batches(features, batch_size=QUERIES_AT_ONCE), []
+        with processes.failing_alike():
+            features, _, weights = inputs.to_arrays(features)
+            inputs = inputs.of_rows
+        features, weights, own_rows = pairs_of_all_processes(features, weights)
+        batches, parts = inputs.batches(features, sample_weight=weights, batch_size=QUERIES_AT_ONCE), []
         if isinstance(features, dict):
             # Pairs of any number share few programs.
             num_pairs = len(features[names.of_query[0]])
@@ -344,7 +354,7 @@ class RecommendingModel(PaddedModel):
             queries = self._embed_queries(x, False)
             candidates = columns.select(x, self.candidate_features)
             candidates = embeddings_of(self.candidate_tower, candidates, False, "candidate_tower")
-            scores = ops.convert_to_numpy(pairwise_scores(queries, candidates, self.task.similarity))
+            scores = on_host(pairwise_scores(queries, candidates, self.task.similarity))
             if self.label is not None:
                 scores = scores / np.float32(self.task.temperature or 1.0)
             # Skipped candidates have weight 0.
@@ -352,7 +362,7 @@ class RecommendingModel(PaddedModel):
             if unknown is not None:
                 is_known &= ~unknown
             parts.append(np.where(is_known, scores, np.float32(np.nan))[: batches.sizes[-1][0]])
-        return np.concatenate(parts)
+        return np.concatenate(parts)[own_rows]
 
     def _queries(
         self,
@@ -403,7 +413,7 @@ class RecommendingModel(PaddedModel):
         def embed(features: dict[str, Any]) -> Any:
             nonlocal num_before
             embeddings = self._embed_queries(_on_device(features))
-            wrong = np.flatnonzero(~np.isfinite(np.asarray(embeddings, "float32")).all(axis=-1))
+            wrong = np.flatnonzero(~np.isfinite(on_host(embeddings).astype("float32")).all(axis=-1))
             if wrong.size and self.check_inputs:
                 row = {name: values[wrong[0]] for name, values in features.items()}
                 raise ValueError(no_embedding("query", f"row {num_before + wrong[0]} of the queries", row))

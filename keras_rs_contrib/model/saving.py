@@ -9,12 +9,13 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from keras_rs_contrib.arguments import explains_keywords
+from keras_rs_contrib.arguments import explains_keywords, on_host
 from keras_rs_contrib.distribution import num_replicas
 from keras_rs_contrib.model.access import alone, shared
 from keras_rs_contrib.model.archive import check_weights_file
 from keras_rs_contrib.model.checksums import Checksums
 from keras_rs_contrib.model.extending import extended
+from keras_rs_contrib.model.one_writer import in_one_process
 from keras_rs_contrib.model.recommend import RecommendingModel
 from keras_rs_contrib.model.training_data import ARRAYS
 
@@ -148,14 +149,18 @@ class SavedModel(RecommendingModel):
         larger: Self = extended(self, new, candidates, candidate_ids)
         return larger
 
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the model's own weights, and refreshes the index first if possible."""
+    def refresh_before_saving(self) -> None:
+        """Refreshes the index, if that is possible."""
         if self.retrieval is not None and not self.retrieval.is_tied and self.retrieval.has_candidates:
             try:
                 self.refresh_index()
             except ValueError as error:
                 # The trained weights are worth saving even with a stale index.
                 warnings.warn(f"The model is saved with a stale index. {error}", stacklevel=2)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the model's own weights, and refreshes the index first if possible."""
+        self.refresh_before_saving()
         super().save_own_variables(store)
         for name, array in self._training_data.to_arrays().items():
             store[name] = array
@@ -178,6 +183,7 @@ class SavedModel(RecommendingModel):
         self._zz_checksums.note_assets(dir_path)
 
     @shared
+    @in_one_process
     def save(self, *args: Any, **kwargs: Any) -> None:
         """Saves the model: see `keras.Model.save`."""
         super().save(*args, **kwargs)
@@ -185,9 +191,10 @@ class SavedModel(RecommendingModel):
     @shared
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """Returns the values of all weights: see `keras.Model.get_weights`."""
-        return super().get_weights()  # type: ignore[no-any-return]
+        return list(map(on_host, self.weights))
 
     @shared
+    @in_one_process
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         """Saves the weights: see `keras.Model.save_weights`. Raises `ValueError` if the model has none yet."""
         self._check_has_weights()

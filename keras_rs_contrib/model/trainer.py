@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_rs_contrib import _keras, batches, columns
+from keras_rs_contrib import _keras, batches, columns, processes
 from keras_rs_contrib.arguments import check_can_train
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
@@ -52,6 +52,7 @@ class PaddedModel(RecoveringModel):
     _validation_batches: batches.PaddedBatches | None = None
     # Whether `call` retrieves candidates, although a batch may have the features of both towers.
     _is_retrieving = False
+    predict_function: Any
 
     @property
     def ranks_in_evaluation(self) -> bool:
@@ -146,47 +147,50 @@ class PaddedModel(RecoveringModel):
                 an epoch is not finite. `model.history` still holds the epochs up to the error.
         """
         check_can_train("`fit`")
-        set_modes(callbacks, self.corpus_metrics)
-        inputs = self.model_inputs
-        seen_pairs = check_seen(seen, inputs)
-        inputs.vocabularies.skipped.reset()
-        validation_inputs = inputs
-        if isinstance(x, dict) or columns.is_frame(x):
-            x, y, sample_weight = inputs.to_arrays(x, y, sample_weight)
-            inputs = inputs.of_rows
-        if class_weight is not None and isinstance(x, dict) and y is None:
-            raise ValueError(
-                "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
-                "Pass the labels as `y`, or the weights as `sample_weight`."
-            )
-        if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = batches.split_off_validation(
-                (x, y, sample_weight), validation_split
-            )
+        verbose = processes.verbosity(verbose)
+        with processes.failing_alike():
+            set_modes(callbacks, self.corpus_metrics)
+            inputs = self.model_inputs
+            seen_pairs = check_seen(seen, inputs)
+            inputs.vocabularies.skipped.reset()
             validation_inputs = inputs
-        shuffle = shuffle and not hasattr(x, "element_spec")
-        x = inputs.batches(
-            x,
-            y,
-            sample_weight,
-            Purpose(collects=True),
-            batch_size=batch_size,
-            steps=steps_per_epoch,
-            shuffle=shuffle,
-            class_weight=class_weight,
-        )
-        if validation_data is not None:
-            if self.model_inputs.retrieval is not None and self.ranks_in_evaluation:
-                self.model_inputs.retrieval.check_can_refresh()
-            validation_data = validation_inputs.batches(
-                *keras.utils.unpack_x_y_sample_weight(validation_data),
-                purpose=self._evaluation(),
-                batch_size=validation_batch_size or batch_size,
-                steps=validation_steps,
+            if isinstance(x, dict) or columns.is_frame(x):
+                x, y, sample_weight = inputs.to_arrays(x, y, sample_weight)
+                inputs = inputs.of_rows
+            if class_weight is not None and isinstance(x, dict) and y is None:
+                raise ValueError(
+                    "`class_weight` weighs the classes of `y`. Received: `class_weight`, and y=None. "
+                    "Pass the labels as `y`, or the weights as `sample_weight`."
+                )
+            if validation_split and validation_data is None:
+                (x, y, sample_weight), validation_data = batches.split_off_validation(
+                    (x, y, sample_weight), validation_split
+                )
+                validation_inputs = inputs
+            shuffle = shuffle and not hasattr(x, "element_spec")
+            x = inputs.batches(
+                x,
+                y,
+                sample_weight,
+                Purpose(collects=True),
+                batch_size=batch_size,
+                steps=steps_per_epoch,
+                shuffle=shuffle,
+                class_weight=class_weight,
             )
-        check_mesh(self.variables)
-        if seen_pairs is not None:
-            self._training_data.add_seen(*seen_pairs)
+            if validation_data is not None:
+                if self.model_inputs.retrieval is not None and self.ranks_in_evaluation:
+                    self.model_inputs.retrieval.check_can_refresh()
+                validation_data = validation_inputs.batches(
+                    *keras.utils.unpack_x_y_sample_weight(validation_data),
+                    purpose=self._evaluation(),
+                    batch_size=validation_batch_size or batch_size,
+                    steps=validation_steps,
+                )
+            check_mesh(self.variables)
+        for pairs in processes.gather(seen_pairs) if processes.have_own_data() else [seen_pairs]:
+            if pairs is not None:
+                self._training_data.add_seen(*pairs)
         collecting = Collect(self._training_data, seen=isinstance(seen, str), is_partial=steps_per_epoch is not None)
         if validation_data is not None and verbose and seen is None and self.ranks_in_evaluation:
             say_that_seen_are_ranked(self)
@@ -207,7 +211,8 @@ class PaddedModel(RecoveringModel):
             )
         if self.check_inputs and stop.found is not None:
             raise ValueError(self._not_finite(*stop.found, x))
-        self.model_inputs.vocabularies.skipped.warn()
+        if processes.is_first() or processes.have_own_data():
+            self.model_inputs.vocabularies.skipped.warn()
         if validation_data is not None and self.ranks_in_evaluation:
             report_popularity(self, validation_data, validation_steps, history.history, verbose)
         return history
@@ -247,15 +252,17 @@ class PaddedModel(RecoveringModel):
         """
         within_fit = x is not None and x is self._validation_batches
         if within_fit:
+            self._training_data.settle()
             return super().evaluate(x, steps=steps, callbacks=callbacks, return_dict=return_dict, **kwargs)
         self.model_inputs.vocabularies.skipped.reset()
         purpose = self._evaluation(exclude_seen)
-        x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
-        check_mesh(self.variables)
+        with processes.failing_alike():
+            x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
+            check_mesh(self.variables)
         with x.raising_own_errors(), WeightGuard(self) as guard:
             logs = super().evaluate(
                 x,
-                verbose=verbose,
+                verbose=processes.verbosity(verbose),
                 steps=steps,
                 callbacks=with_callbacks(callbacks, RefreshIndex(), guard),
                 return_dict=return_dict,
@@ -265,7 +272,8 @@ class PaddedModel(RecoveringModel):
         loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
         if self.check_inputs and not math.isfinite(loss):
             raise ValueError(self._not_finite("loss", loss, None, x))
-        self.model_inputs.vocabularies.skipped.warn()
+        if processes.is_first() or processes.have_own_data():
+            self.model_inputs.vocabularies.skipped.warn()
         return logs
 
     @alone
@@ -292,9 +300,11 @@ class PaddedModel(RecoveringModel):
         Raises:
             ValueError: if a batch is invalid, or the model has no index.
         """
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
-        x = self.model_inputs.batches(x, None, None, Purpose(queries_only=True), batch_size=batch_size, steps=steps)
-        check_mesh(self.variables)
+        verbose = processes.verbosity(verbose)
+        with processes.failing_alike():
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
+            x = self.model_inputs.batches(x, None, None, Purpose(queries_only=True), batch_size=batch_size, steps=steps)
+            check_mesh(self.variables)
         with x.raising_own_errors(), WeightGuard(self) as guard, self._setting(_is_retrieving=True):
             callbacks = with_callbacks(callbacks, RefreshIndex(), guard)
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
@@ -335,6 +345,9 @@ class PaddedModel(RecoveringModel):
         """Returns the top k of one batch: see `predict`."""
         self.refresh_index()
         data = x
+        if processes.num_processes() > 1:
+            # Keras does not distribute this batch.
+            return self.predict(x, batch_size=len(next(iter(x.values()))), verbose=0)
         x, _, sample_weight = self.model_inputs.batch(x, purpose=Purpose(queries_only=True))
         check_mesh(self.variables)
         with self._setting(_is_retrieving=True):
@@ -345,6 +358,21 @@ class PaddedModel(RecoveringModel):
             # Names the row.
             self.predict(data, batch_size=len(is_present), verbose=0)
         return outputs
+
+    def make_predict_function(self, force: bool = False) -> None:
+        """Creates the function of a step of `predict`: see `keras.Model.make_predict_function`."""
+        is_new = self.predict_function is None or force
+        super().make_predict_function(force)
+        if not is_new or processes.num_processes() == 1:
+            return
+        predict_step = self.predict_function
+
+        def step_on_host(state: Any, iterator: Any) -> tuple[Any, Any]:
+            outputs, state = predict_step(state, iterator)
+            own = processes.own_rows if processes.have_own_data() else processes.to_host
+            return keras.tree.map_structure(own, outputs), state
+
+        self.predict_function = step_on_host
 
     def _not_finite(self, name: str, loss: float, epoch: int | None, read: batches.PaddedBatches) -> str:
         """Returns the error message for a loss that is not finite, after batches were read."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_rs_contrib import processes
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.sizes import common_size
 from keras_rs_contrib.model.feature_names import flat
@@ -32,12 +34,19 @@ class Batch(NamedTuple):
     candidates: Array
     num_rows: int
 
+    @classmethod
+    def join(cls, batches: Iterable[Batch]) -> Batch:
+        """Returns what is kept of several batches."""
+        none = np.empty(0, "int64")
+        trained, seen, candidates, num_rows = zip(Batch(none, none, none, 0), *batches, strict=True)
+        return cls(np.concatenate(trained), np.concatenate(seen), np.concatenate(candidates), sum(num_rows))
+
 
 class TrainingData:
     """Counts of candidates, and the candidates that each query has seen, collected while batches are read.
 
     A pass over the data may begin again, as Keras looks at the first batch before training. The longest pass counts.
-    Later trainings add to what is known.
+    Later trainings add to what is known. If each of several processes has its own data, all learn what each has read.
 
     Attributes:
         collects: whether batches are collected.
@@ -97,9 +106,21 @@ class TrainingData:
         self._current.append(Batch(trained, seen, candidates[is_present & is_positive], len(candidates)))
         self._is_settled = False
 
+    def settle(self) -> None:
+        """Adds what has been collected so far. If each process has its own data, all of them have to call this."""
+        if self.collects and processes.have_own_data():
+            # Another process may have read more.
+            self._is_settled = False
+        self._settle()
+
+    def discard(self) -> None:
+        """Ends collecting, without what has been collected since `settle`."""
+        self.collects, self._is_settled = False, True
+        self._longest, self._current = [], []
+
     def end(self) -> None:
         """Ends collecting."""
-        self._settle()
+        self.settle()
         self.collects = False
         self._longest, self._current = [], []
 
@@ -206,22 +227,22 @@ class TrainingData:
         return max(self._longest, self._current, key=lambda batches: sum(batch.num_rows for batch in batches))
 
     def _settle(self) -> None:
-        """Adds what has been collected."""
         if self._is_settled:
             return
         self._is_settled = True
-        batches = self._longest_pass()
-        if not batches:
+        new = Batch.join(self._longest_pass())
+        if processes.have_own_data():
+            new = Batch.join(processes.gather(new))
+        if not new.num_rows:
             return
-        trained, seen, candidates, _ = zip(*batches, strict=True)
         ids, counts = self._counts_before
-        self._ids, places = np.unique(np.concatenate([ids, *candidates]), return_inverse=True)
+        self._ids, places = np.unique(np.concatenate([ids, new.candidates]), return_inverse=True)
         # Exact: the sums are far below 2**53.
-        weights = np.concatenate([counts, *(np.ones(len(each)) for each in candidates)])
+        weights = np.concatenate([counts, np.ones(len(new.candidates))])
         self._counts = np.bincount(places, weights, len(self._ids)).astype("int64")
-        self._trained = np.unique(np.concatenate([self._trained, *trained]))
+        self._trained = np.unique(np.concatenate([self._trained, new.trained_queries]))
         if self.collects_seen:
-            self._add_pairs(np.concatenate(seen))
+            self._add_pairs(new.seen)
 
 
 def ids_of(index: Any) -> np.ndarray[Any, Any] | None:

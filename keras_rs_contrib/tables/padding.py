@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_rs_contrib import _keras
+from keras_rs_contrib.arguments import on_host
 from keras_rs_contrib.distribution import axis_size, check_layout
 from keras_rs_contrib.tables import layout
 
@@ -167,7 +168,7 @@ def add_table(
 
 def pad_rows(value: Any, num_rows: int) -> np.ndarray[Any, Any]:
     """Returns `[n, ...]` values as a NumPy array of `num_rows` rows, with zeros in the added rows."""
-    value = ops.convert_to_numpy(value) if ops.is_tensor(value) else np.asarray(value)
+    value = on_host(value)
     return np.pad(value, ((0, num_rows - value.shape[0]), *[(0, 0)] * (value.ndim - 1)))
 
 
@@ -190,7 +191,7 @@ class UnpaddedStore:
         self.name = name
 
     def __setitem__(self, key: str, value: Any) -> None:
-        value = np.asarray(ops.convert_to_numpy(value))
+        value = on_host(value)
         self.store[key] = value[: self.num_rows] if value.shape[:1] == (self.num_padded_rows,) else value
 
     def __getitem__(self, key: str) -> Any:

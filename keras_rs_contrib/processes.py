@@ -1,0 +1,272 @@
+"""Several processes that use one model together: which rows of a batch are whose, and what all of them must know.
+
+All processes run the same program. Functions that exchange something wait until each process has called them.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import functools
+import pickle
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Values of up to this many bytes need one exchange, and others two.
+NUM_SHORT = 4096
+NUM_LENGTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of each batch that the devices of this process hold.
+
+    Attributes:
+        number: which part it is, from 0.
+        count: the number of parts. Processes that only split tables, and not batches, hold the same part.
+        num_replicas: the number of devices over which the part is split.
+    """
+
+    number: int
+    count: int
+    num_replicas: int
+
+    def rows(self, num_rows: int) -> slice:
+        """Returns which rows of a batch belong to the part.
+
+        Args:
+            num_rows: the number of rows of the batch, divisible by the number of replicas.
+        """
+        size = num_rows // self.count
+        return slice(self.number * size, (self.number + 1) * size)
+
+
+def mesh_in_force() -> Mesh | None:
+    """Returns the mesh of the distribution in force, or `None` without one."""
+    distribution = keras.distribution.distribution() if keras.backend.backend() == "jax" else None
+    return None if distribution is None or distribution.device_mesh is None else distribution.device_mesh.backend_mesh
+
+
+def num_processes() -> int:
+    """Returns the number of processes whose devices the mesh in force has, 1 without a distribution.
+
+    Raises:
+        ValueError: if these are neither one process nor all of them.
+    """
+    mesh = mesh_in_force()
+    return 1 if mesh is None else _num_processes(mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _num_processes(mesh: Mesh) -> int:
+    number = len({device.process_index for device in mesh.devices.flat})
+    if 1 < number < jax.process_count():
+        raise ValueError(
+            "A mesh must have devices of all processes, or of one. Received: "
+            f"a mesh with devices of {number} of {jax.process_count()} processes. Create it from `jax.devices()`, or "
+            "from `jax.local_devices()` for a model in each process."
+        )
+    return number
+
+
+def is_first() -> bool:
+    """Returns whether this process writes files, prints, and shows progress bars: one process of each model does."""
+    return num_processes() == 1 or jax.process_index() == 0
+
+
+def verbosity(verbose: Any) -> Any:
+    """Returns `verbose` of Keras in the process that prints, and 0 in the others."""
+    return verbose if is_first() else 0
+
+
+def have_own_data() -> bool:
+    """Returns whether each of several processes has its own part of the data: `auto_shard_dataset=False`.
+
+    Otherwise, all processes have the same data.
+    """
+    return num_processes() > 1 and not keras.distribution.distribution().auto_shard_dataset
+
+
+def part_of_batch() -> Part:
+    """Returns which part of each batch belongs to this process.
+
+    Raises:
+        ValueError: if the devices of a process are not neighbors along the axis of the batch.
+    """
+    mesh = mesh_in_force()
+    if mesh is None or num_processes() == 1:
+        return Part(0, 1, 1 if mesh is None else int(mesh.shape[_batch_axis()]))
+    return _part_of_batch(mesh, _batch_axis())
+
+
+def _batch_axis() -> str:
+    return str(keras.distribution.distribution().batch_dim_name)
+
+
+@functools.lru_cache(maxsize=8)
+def _part_of_batch(mesh: Mesh, axis: str) -> Part:
+    along_batch = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
+    along_batch = along_batch.reshape(len(along_batch), -1)
+    places: dict[int, list[int]] = {}
+    for place, devices in enumerate(along_batch):
+        for process in sorted({device.process_index for device in devices}):
+            places.setdefault(process, []).append(place)
+    own = places.get(jax.process_index(), [])
+    size = len(own)
+    for process, each in places.items():
+        if len(each) != size or each[0] % size or each != list(range(each[0], each[0] + size)):
+            raise ValueError(
+                f"The devices of each process must be neighbors along the mesh axis {axis!r} of the batch, and equally "
+                f"many. Received: process {process} at {each} of {len(along_batch)} places. Create the mesh from "
+                "`jax.devices()` in their order."
+            )
+    return Part(own[0] // size, len(along_batch) // size, size)
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns the values of all processes, in the order of the processes, in each of them.
+
+    Args:
+        value: any value that can be pickled.
+    """
+    if num_processes() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), "uint8")
+    length = np.frombuffer(len(data).to_bytes(NUM_LENGTH, "little"), "uint8")
+    starts = multihost_utils.process_allgather(np.concatenate([length, _padded(data[:NUM_SHORT], NUM_SHORT)]))
+    lengths = [int.from_bytes(each[:NUM_LENGTH].tobytes(), "little") for each in starts]
+    parts = [starts[:, NUM_LENGTH:]]
+    longest = max(lengths) - NUM_SHORT
+    if longest > 0:
+        # Each power of two is compiled once.
+        parts.append(multihost_utils.process_allgather(_padded(data[NUM_SHORT:], 1 << (longest - 1).bit_length())))
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(np.hstack(parts), lengths, strict=True)]
+
+
+def _padded(data: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    return np.pad(data, (0, size - len(data)))
+
+
+@contextlib.contextmanager
+def failing_alike() -> Iterator[None]:
+    """Raises an error in all processes if the body of `with` raises one in any of them.
+
+    The body must not exchange anything: the others would wait for a process that has failed.
+
+    Raises:
+        Exception: of the same type, if it is a built-in one, and otherwise `RuntimeError`, in the other processes.
+    """
+    if num_processes() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_alike(error)
+
+
+def raise_alike(error: Exception | None) -> None:
+    """Raises an error in all processes if one of them passes an error.
+
+    Args:
+        error: the error of this process, or `None`.
+    """
+    raise_first(error, gather(describe(error)))
+
+
+def describe(error: Exception | None) -> tuple[str, str] | None:
+    """Returns the type and the message of an error, to be exchanged."""
+    return None if error is None else (type(error).__name__, str(error))
+
+
+def raise_first(error: Exception | None, described: list[tuple[str, str] | None]) -> None:
+    """Raises the error of this process, or the first one of another process.
+
+    Args:
+        error: the error of this process, or `None`.
+        described: what `describe` returns, for each process.
+    """
+    if error is not None:
+        raise error
+    for process, each in enumerate(described):
+        if each is not None:
+            kind = getattr(builtins, each[0], RuntimeError)
+            kind = kind if isinstance(kind, type) and issubclass(kind, (ValueError, TypeError)) else RuntimeError
+            raise kind(f"Process {process} has failed: {each[0]}: {each[1]}")
+
+
+def check_same(what: str, fingerprint: Any) -> None:
+    """Raises `ValueError` in all processes if they are about to process different data as if it were the same.
+
+    Args:
+        what: name of the data in the error message, in the plural.
+        fingerprint: a number that differs for different data.
+    """
+    found = gather(fingerprint)
+    for process, each in enumerate(found):
+        if each != found[0]:
+            raise ValueError(different(what, process))
+
+
+def share_random_state() -> None:
+    """Sets the global random generators of Python and NumPy in all processes to the state of those in the first one.
+
+    Keras shuffles by them. A process that has drawn other numbers would read its rows from other batches.
+    """
+    state = (random.getstate(), np.random.get_state())  # noqa: NPY002
+    python_state, numpy_state = gather(state if is_first() else None)[0]
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def different(what: str, process: int) -> str:
+    """Returns the error message for data that differ between processes."""
+    return (
+        f"All processes must pass the same {what}, if `auto_shard_dataset` of the distribution is true. Received: "
+        f"others in process {process} than in process 0. Use the same seeds and files in all processes, or, if each "
+        "has its own part of the data, `DataParallel(auto_shard_dataset=False)`."
+    )
+
+
+def to_host(array: Any) -> np.ndarray[Any, Any]:
+    """Returns an array as a NumPy array. If it spans several processes, they exchange its parts."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    result: np.ndarray[Any, Any] = multihost_utils.process_allgather(array, tiled=True)
+    return result
+
+
+def own_rows(array: Any) -> np.ndarray[Any, Any]:
+    """Returns the rows of a result that belong to the part of the batch of this process, `[own_rows, ...]`.
+
+    Args:
+        array: `[batch, ...]`, with a row for each row of a batch.
+    """
+    part = part_of_batch()
+    mesh = mesh_in_force()
+    if isinstance(array, jax.Array) and not array.is_fully_replicated and mesh is not None:
+        by_batch = NamedSharding(mesh, PartitionSpec(_batch_axis()))
+        if array.sharding.is_equivalent_to(by_batch, array.ndim):
+            shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+            return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+    return to_host(array)[part.rows(array.shape[0])]
+
+
+def on_all_devices(array: np.ndarray[Any, Any]) -> Any:
+    """Returns an array that all processes have as an array on all devices of the mesh in force, without an exchange."""
+    mesh = mesh_in_force()
+    assert mesh is not None
+    sharding = NamedSharding(mesh, PartitionSpec())
+    array = np.asarray(array)
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
