@@ -267,7 +267,8 @@ class RowSparseEmbedding(ShardedEmbedding):
                     f"{expected}. Build the layer with the saved sizes and the saved optimizer."
                 )
         unpadded = self._unpadded(store)
-        for name in names:
+        # In the same order in all processes, which compare the values.
+        for name in sorted(names):
             variables[name].assign(unpadded[name])
 
     def _other_variables(self) -> dict[str, keras.Variable]:
