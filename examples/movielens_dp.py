@@ -7,6 +7,7 @@ rank films that a user has rated above other films:
     python examples/movielens_dp.py --epochs=50
     python examples/movielens_dp.py --objective=retrieval
     python examples/movielens_dp.py --epochs=50 --num_devices=8 --users=42,7 --model_path=/tmp/movielens.keras
+    python examples/launch.py --num_processes=2 examples/movielens_dp.py --epochs=50
 
 Tutorial: A. Sharma and F. Hertschuh, "Retrieval with data parallel training", keras.io, 2025.
 """
@@ -28,6 +29,7 @@ import keras
 import keras_rs
 import movielens
 import numpy as np
+import several_processes
 from absl import app, flags, logging
 
 from keras_rs_contrib import (
@@ -146,7 +148,7 @@ for positive in ("initial_scale", "temperature", "learning_rate"):
 flags.DEFINE_integer(
     "num_devices",
     None,
-    "Number of devices. By default, all accelerators or, without any, one virtual CPU device per core.",
+    "Number of devices of each process. By default, all accelerators or, without any, one virtual CPU device per core.",
     lower_bound=1,
     upper_bound=MAX_DEVICES,
 )
@@ -294,20 +296,21 @@ def print_metrics(rows: dict[str, dict[str, float]]) -> None:
 
 
 def choose_devices() -> list[jax.Device]:
-    """Returns the --num_devices first devices: accelerators or, on a machine without any, virtual CPU devices."""
+    """Returns the --num_devices first devices of each process: accelerators or, without any, virtual CPU devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_cpu_devices = FLAGS.num_devices or cores
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     # The number of threads of XLA's pool, by default one per core. Each virtual device that waits in an all-reduce
     # holds one or more threads. If the pool is too small, no thread remains for the other devices, and XLA aborts.
     os.environ.setdefault("NPROC", str(8 * num_cpu_devices))
-    devices = jax.devices()
+    several_processes.join()
+    devices = jax.local_devices()
     if FLAGS.num_devices and FLAGS.num_devices > len(devices):
         sys.exit(
             f"--num_devices={FLAGS.num_devices}: this machine has only {len(devices)} device(s) "
             f"({devices[0].device_kind}). Use fewer."
         )
-    return devices[: FLAGS.num_devices]
+    return several_processes.first_devices(FLAGS.num_devices)
 
 
 def check_files() -> None:
@@ -371,7 +374,8 @@ def main(argv: list[str]) -> None:
     print_source(ratings)
     print(
         f"{ratings.num_users} users, {ratings.num_movies} films, {len(train.ratings)} training ratings, "
-        f"{len(validation.ratings)} validation ratings; {len(devices)} {devices[0].platform} device(s)."
+        f"{len(validation.ratings)} validation ratings; {len(devices)} {devices[0].platform} device(s)"
+        f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."
     )
     seconds["data"] = time.perf_counter() - start
 
@@ -450,7 +454,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.model_path:
         print(f"Model saved to {FLAGS.model_path}. The loaded model recommends the same films.")
     error = None
-    if FLAGS.metrics_json:
+    if FLAGS.metrics_json and jax.process_index() == 0:
         error = write_metrics(
             num_devices=len(devices),
             device_kind=devices[0].device_kind,

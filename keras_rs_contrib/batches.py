@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,6 +191,8 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         self.unshuffled_adapter: Callable[[], Any] | None = None
         # What fills the missing columns of features whose width differs between processes, by name.
         self.column_padding: dict[str, Any] = {}
+        # Builds the model in all processes, for a function that returns `x` of the first batch, or `None`.
+        self.build_alike: Callable[[Callable[[], Any]], None] | None = None
         # Like `prepare`, for `unshuffled`.
         self.prepare_unchecked: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None
 
@@ -207,23 +210,28 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch. One of several processes gets all rows that it has read."""
         self.sizes = sizes = []
-        for batch in self._prepared():
+        for batch in self._prepared(self._read()):
             size = batch_length(batch)
             sizes.append((size, padded_size(size, self.multiple)))
             yield pad(*batch, *sizes[-1])
 
-    def _prepared(self) -> Iterator[tuple[Any, Any, Any]]:
-        """Yields the batches of one epoch without padding."""
+    def _read(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yields the batches of one epoch as they are."""
         if self.is_exhausted:
             raise ValueError(
                 "A generator can be read once. Received: an exhausted one. "
                 "Pass a `tf.data.Dataset` or a `keras.utils.PyDataset`, which start again."
             )
-        number = -1
-        for number, batch in enumerate(self.adapter.get_numpy_iterator()):
+        for batch in self.adapter.get_numpy_iterator():
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             if self.has_weights_only:
                 x, sample_weight = x
+            yield x, y, sample_weight
+
+    def _prepared(self, batches: Iterator[tuple[Any, Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
+        """Yields the batches of one epoch, checked, without padding."""
+        number = -1
+        for number, (x, y, sample_weight) in enumerate(batches):
             if self.prepare is not None:
                 x, y, sample_weight = self.prepare(number, x, y, sample_weight)
             yield x, y, sample_weight
@@ -239,7 +247,17 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
             processes.share_random_state()
         # A generator continues in the next call of `fit`.
         max_ahead = 1 if isinstance(self.adapter, _keras.GeneratorDataAdapter) else shared_batches.MAX_AHEAD
-        agreed = shared_batches.agree(self._prepared(), max_ahead, self.column_padding)
+        batches = self._read()
+        if self.build_alike is not None:
+            first: list[Any] = []
+
+            def features() -> Any:
+                first.extend(itertools.islice(batches, 1))
+                return first[0][0] if first else None
+
+            self.build_alike(features)
+            batches = itertools.chain(first, batches)
+        agreed = shared_batches.agree(self._prepared(batches), max_ahead, self.column_padding)
         for batch, size, size_of_all in agreed:
             padded, new_size = pad_for_process(batch, size, size_of_all, self.multiple)
             sizes.append((size, new_size))

@@ -139,6 +139,7 @@ def gather(value: Any) -> list[Any]:
     """
     if num_processes() == 1:
         return [value]
+    wait_for_programs()
     data = np.frombuffer(pickle.dumps(value), "uint8")
     length = np.frombuffer(len(data).to_bytes(NUM_LENGTH, "little"), "uint8")
     starts = multihost_utils.process_allgather(np.concatenate([length, _padded(data[:NUM_SHORT], NUM_SHORT)]))
@@ -201,7 +202,8 @@ def raise_first(error: Exception | None, described: list[tuple[str, str] | None]
     for process, each in enumerate(described):
         if each is not None:
             kind = getattr(builtins, each[0], RuntimeError)
-            kind = kind if isinstance(kind, type) and issubclass(kind, (ValueError, TypeError)) else RuntimeError
+            has_message = isinstance(kind, type) and issubclass(kind, (ValueError, TypeError, OSError, ImportError))
+            kind = RuntimeError if not has_message or issubclass(kind, UnicodeError) else kind
             raise kind(f"Process {process} has failed: {each[0]}: {each[1]}")
 
 
@@ -242,8 +244,20 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
     """Returns an array as a NumPy array. If it spans several processes, they exchange its parts."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
+    wait_for_programs()
     result: np.ndarray[Any, Any] = multihost_utils.process_allgather(array, tiled=True)
     return result
+
+
+def wait_for_programs() -> None:
+    """Waits on CPUs until all programs that this process has started are done.
+
+    Accelerators run them one after the other. CPUs run those that do not depend on each other at the same time, in
+    another order in each process, so that one would receive what another program has sent.
+    """
+    mesh = mesh_in_force()
+    if mesh is not None and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(jax.live_arrays())
 
 
 def own_rows(array: Any) -> np.ndarray[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -76,6 +76,27 @@ def agree(
         num_read += num_steps
         if num_steps < num_ahead:
             return
+
+
+def build_alike(describe: Callable[[], Any], build: Callable[[Any], None]) -> None:
+    """Builds a model in all processes, before one of them may find that its batch is invalid, or has none.
+
+    Building exchanges values: a process that does not build would leave the others waiting.
+
+    Args:
+        describe: returns what to build for, or `None` if this process has no batch, or raises.
+        build: takes the first result of all processes.
+    """
+    error, kind = None, None
+    try:
+        kind = describe()
+    except Exception as caught:
+        error = caught
+    found = processes.gather((processes.describe(error), kind))
+    processes.raise_first(error, [each[0] for each in found])
+    kinds = [each[1] for each in found if each[1] is not None]
+    if kinds:
+        build(kinds[0])
 
 
 def _arrays(batch: Batch) -> list[Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_rs_contrib import batches, columns
+from keras_rs_contrib import batches, columns, processes, shared_batches
 from keras_rs_contrib.batch_padding import batch_length
 from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
@@ -184,7 +185,32 @@ class ModelInputs:
         prepare = functools.partial(self._prepare, self._corpus_ids(purpose.queries_only), purpose)
         result = batches.padded_batches(x, y, sample_weight, prepare=prepare, **how)
         result.prepare_unchecked, result.column_padding = self._encode, self._column_padding
+        result.build_alike = functools.partial(self.build_alike, queries_only=purpose.queries_only)
         return result
+
+    def build_alike(self, batch: Callable[[], Any], queries_only: bool) -> None:
+        """Builds the towers in all of several processes, whatever their batches hold.
+
+        Args:
+            batch: returns the features of a batch of this process, or `None` if it has none.
+            queries_only: as in `FeatureNames.needed`.
+        """
+        if processes.num_processes() == 1 or not self.check or self.lookups.are_built:
+            return
+
+        def describe() -> dict[str, Any] | None:
+            features = batch()
+            if features is None:
+                return None
+            candidates = [] if queries_only else [*self.names.of_candidate, self.names.candidate_id]
+            needed = [name for name in dict.fromkeys([*self.names.of_query, *candidates]) if name is not None]
+            features = columns.as_dict(features)
+            self.names.check(features, needed)
+            # The values may be invalid, which is found later.
+            arrays = columns.arrays_of(self.vocabularies.encode(features, needed), needed)
+            return {name: np.asarray(arrays[name])[:0] for name in needed}
+
+        shared_batches.build_alike(describe, self.lookups.build)
 
     @property
     def _column_padding(self) -> dict[str, Any]:
@@ -212,6 +238,7 @@ class ModelInputs:
     ) -> tuple[Any, Any, Any]:
         """Returns one batch, checked and padded. The arguments are those of `batches`."""
         corpus_ids, purpose = self._corpus_ids(purpose.queries_only), self._with_index_ids(purpose)
+        self.build_alike(lambda: x, purpose.queries_only)
         prepare = functools.partial(self._prepare, corpus_ids, purpose, 0, x, y, sample_weight)
         batch: tuple[Any, Any, Any] = batches.padded_batch(prepare, self._column_padding)
         return batch

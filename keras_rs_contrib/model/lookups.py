@@ -64,6 +64,21 @@ class TowerLookups:
             result.append(self._known[number])
         return result
 
+    @property
+    def are_built(self) -> bool:
+        """Whether the towers have their weights."""
+        return all(layer.built for tower, _ in self._towers for layer in _keras.sublayers(tower))
+
+    def build(self, features: dict[str, Any]) -> None:
+        """Builds the towers whose features are given.
+
+        Args:
+            features: arrays of a batch, which may have no rows.
+        """
+        # Any size of the batch will do that the devices divide.
+        size = padded_size(1)
+        self._build({name: keras.KerasTensor((size, *x.shape[1:]), _jax_dtype(x)) for name, x in features.items()})
+
     def trace(self, number: int, features: dict[str, Any]) -> None:
         """Traces a tower, if it is built and that has not been done.
 

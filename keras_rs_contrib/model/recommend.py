@@ -145,6 +145,7 @@ class RecommendingModel(PaddedModel):
             scores, ids = index.find(embed(features), k, **limits)
             return ids, scores
 
+        self._build_alike(query_features)
         with processes.failing_alike():
             own = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
         queries, _, own_rows = own.of_all_processes()
@@ -213,6 +214,7 @@ class RecommendingModel(PaddedModel):
             ValueError: if features are missing or invalid, a positive is not a candidate, or shapes do not match.
         """
         index = self._index()
+        self._build_alike(query_features)
         with processes.failing_alike():
             positive_ids = self.model_inputs.vocabularies.encode_ids(positive_ids)
             own = self._queries(query_features, exclude_ids, include_ids, include_mask, exclude_seen)
@@ -318,7 +320,8 @@ class RecommendingModel(PaddedModel):
             for num_excluded in all_excluded:
                 excluded = np.full((size, num_excluded), NO_CANDIDATE, "int32") if num_excluded else None
                 for each in sorted(all_k):
-                    index.find(embeddings, each, exclude_ids=excluded)
+                    # Several processes must not run two programs at the same time.
+                    on_host(index.find(embeddings, each, exclude_ids=excluded)[1])
                     progress.add(1)
         return num_programs
 
@@ -363,6 +366,15 @@ class RecommendingModel(PaddedModel):
                 is_known &= ~unknown
             parts.append(np.where(is_known, scores, np.float32(np.nan))[: batches.sizes[-1][0]])
         return np.concatenate(parts)[own_rows]
+
+    def _build_alike(self, features: Any) -> None:
+        """Builds the query tower in all of several processes."""
+
+        def with_axis() -> Any:
+            names = self.model_inputs.names.of_query
+            return with_batch_axis(as_features(columns.as_dict(features), names), names, self._ranks_of_features())
+
+        self.model_inputs.build_alike(with_axis, queries_only=True)
 
     def _queries(
         self,
