@@ -31,6 +31,8 @@ OF_KERAS = {
 }
 # A process that says nothing for so long counts as lost.
 HEARTBEAT_SECONDS = 30
+# How long a process that ends waits for the others, which may never come.
+SHUTDOWN_SECONDS = 30
 
 
 def is_one_of_several() -> bool:
@@ -70,7 +72,9 @@ def join() -> None:
     if FLAGS.distributed is False or not (given or FLAGS.distributed or is_one_of_several()):
         return
     try:
-        jax.distributed.initialize(**values, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **values, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         sys.exit(f"The processes have not found each other: {error}")
     if jax.process_index():

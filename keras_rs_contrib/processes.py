@@ -257,7 +257,7 @@ def wait_for_programs() -> None:
     """
     mesh = mesh_in_force()
     if mesh is not None and mesh.devices.flat[0].platform == "cpu":
-        jax.block_until_ready(jax.live_arrays())
+        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
 
 
 def own_rows(array: Any) -> np.ndarray[Any, Any]:

@@ -1,0 +1,102 @@
+"""Several processes on this computer equal one process, and fail together."""
+
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import scenarios
+from conftest import data_parallel
+
+from keras_rs_contrib import load_model
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+TIMEOUT = 300
+# Faster to compile.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def launch(num_processes, num_devices, folder, kind):
+    """Runs the scenarios in several processes, and returns the results of each, and the output."""
+    launcher = [sys.executable, str(ROOT / "examples/launch.py"), f"--num_processes={num_processes}"]
+    program = [str(ROOT / "tests/processes/scenarios.py"), str(folder), str(num_devices), kind]
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    found = subprocess.run(
+        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+    return [pickle.loads((folder / f"{i}.pickle").read_bytes()) for i in range(num_processes)], found.stdout
+
+
+def assert_equal(found, expected):
+    for name, values in expected["history"].items():
+        np.testing.assert_allclose(found["history"][name], values, rtol=1e-5, err_msg=name)
+    for ours, theirs in zip(found["evaluate"], expected["evaluate"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    for name, value in expected["evaluate_queries"].items():
+        np.testing.assert_allclose(found["evaluate_queries"][name], value, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_same_data_equal_one_process(tmp_path):
+    keras.distribution.set_distribution(data_parallel(4))
+    model, _, expected = scenarios.same_for_all(tmp_path)
+    model.save(tmp_path / "one.keras")
+    (tmp_path / "several.keras").unlink()
+
+    results, output = launch(2, 2, tmp_path, "same")
+
+    for found in results:
+        assert_equal(found, expected)
+        np.testing.assert_allclose(found["train_on_batch"]["loss"], expected["train_on_batch"]["loss"], rtol=1e-5)
+        np.testing.assert_array_equal(found["lists"][:-1], expected["lists"])
+        # A file of one process.
+        np.testing.assert_array_equal(found["lists"][-1], expected["lists"][-1])
+        for ours, theirs in zip(found["scores"], expected["scores"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        for (_, ours), (name, theirs) in zip(found["weights"].items(), expected["weights"].items(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
+    # A file of several processes, in one.
+    keras.distribution.set_distribution(None)
+    np.testing.assert_array_equal(
+        load_model(tmp_path / "several.keras").recommend(scenarios.QUERIES).ids, expected["lists"][-1]
+    )
+    # Only the first process shows progress.
+    assert "[0] Epoch 1/2" in output
+    assert "[1] Epoch" not in output
+
+    first, last = (found["errors"] for found in results)
+    assert first.keys() == last.keys() == {"id", "first id", "feature", "predict", "recommend", "save", "queries"}
+    for name, (kind, message) in last.items():
+        assert first[name][0] == kind, name
+        if name not in ("save", "queries"):
+            assert first[name][1] == f"Process 1 has failed: {kind}: {message}"
+    assert last["save"] == ("FileNotFoundError", f"Process 0 has failed: FileNotFoundError: {first['save'][1]}")
+    assert first["queries"] == last["queries"]
+    assert "same queries" in first["queries"][1]
+    assert results[0]["after"] == results[1]["after"]
+    assert np.isfinite(results[0]["after"]["loss"]).all()
+
+
+@pytest.mark.slow
+def test_four_processes_with_their_own_data_equal_one_process(tmp_path):
+    keras.distribution.set_distribution(data_parallel(4))
+    _, _, expected = scenarios.own_for_each(tmp_path)
+
+    results, _ = launch(4, 1, tmp_path, "own")
+
+    for process, found in enumerate(results):
+        assert_equal(found, expected)
+        rows = slice(2 * process, 2 * process + 2)
+        for ours, theirs in zip(found["lists"], expected["lists"], strict=True):
+            np.testing.assert_array_equal(ours, theirs[rows])
+        for ours, theirs in zip(found["scores"], expected["scores"], strict=True):
+            np.testing.assert_allclose(ours, theirs[rows], rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(found["known"], expected["known"], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
