@@ -262,13 +262,17 @@ def check_limits(
 def check_positive_rows(ids: Any, num_queries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Returns positives as `check_query_rows` does, with -1 in place of duplicates within a row."""
     rows = check_query_rows(ids, "positive_ids", num_queries)
+    rows = np.sort(rows, axis=1)
+    is_duplicate = np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
+    return np.where(is_duplicate, np.int32(NO_CANDIDATE), rows)
+
+
+def check_has_positives(rows: np.ndarray[Any, Any]) -> None:
+    """Raises `ValueError` if no query has a positive, `[num_queries, n]` ids padded with -1."""
     if not (rows != NO_CANDIDATE).any():
         raise ValueError(
             "`positive_ids` needs at least one positive. Received: none. Check the held-out data, and the queries."
         )
-    rows = np.sort(rows, axis=1)
-    is_duplicate = np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
-    return np.where(is_duplicate, np.int32(NO_CANDIDATE), rows)
 
 
 def metrics_of_ranks(metrics: Iterable[RankMetric], ranks: np.ndarray[Any, Any]) -> dict[str, float]:

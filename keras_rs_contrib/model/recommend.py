@@ -23,6 +23,7 @@ from keras_rs_contrib.model.queries import (
     QUERIES_AT_ONCE,
     CheckedQueries,
     as_features,
+    check_has_positives,
     check_limits,
     check_positive_rows,
     metrics_of_ranks,
@@ -226,6 +227,7 @@ class RecommendingModel(PaddedModel):
                     f"{row}. Leave unknown candidates out."
                 )
         queries, (positive_ids,), _ = own.of_all_processes(positive_ids)
+        check_has_positives(positive_ids)
         # Without vocabularies, all queries are known.
         needs_popularity = by_popularity or bool(self.vocabularies)
         popularity = self.model_inputs.training_data.popularity(index, ids_of(index)) if needs_popularity else None
@@ -369,12 +371,10 @@ class RecommendingModel(PaddedModel):
 
     def _build_alike(self, features: Any) -> None:
         """Builds the query tower in all of several processes."""
-
-        def with_axis() -> Any:
-            names = self.model_inputs.names.of_query
-            return with_batch_axis(as_features(columns.as_dict(features), names), names, self._ranks_of_features())
-
-        self.model_inputs.build_alike(with_axis, queries_only=True)
+        names, ranks = self.model_inputs.names.of_query, self._ranks_of_features()
+        self.model_inputs.build_alike(
+            lambda: with_batch_axis(as_features(columns.as_dict(features), names), names, ranks), queries_only=True
+        )
 
     def _queries(
         self,

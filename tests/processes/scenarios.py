@@ -1,5 +1,6 @@
 """What several processes do together, and one process alone: as a program, one of the several."""
 
+import os
 import pathlib
 import pickle
 import sys
