@@ -71,6 +71,7 @@ NEGATIVES = {
     "memory": "v*(12*B + (20*d + 9)*C)",
 }
 LOSS_OF_EVALUATION = "v*(4*d + 5)*B"
+NEGATIVES_OF_EVALUATION = {"": "0", "log-q": "4*v*B"}
 LOOKUPS = {
     ("Embedding", "whole"): "0",
     ("RowSparseEmbedding", "whole"): "0",
@@ -80,6 +81,8 @@ LOOKUPS = {
     ("Embedding", "grid"): "16*u*d*B/D",
 }
 RANKS = {"whole": "0", "rows": "4*v*(d + 4*n + m)*B", "grid": "16*u*n*B/D"}
+# Each row of `evaluate` has one positive. In these programs, it is not known what queries have seen.
+RANKS_OF_EVALUATION = {"whole": "0", "rows": "4*v*(d + 4)*B", "grid": "16*u*B/D"}
 SEARCH = {"whole": "0", "rows": "4*v*(d + 2*k + m)*B", "grid": "8*(M - 1)*k*B/D"}
 
 
@@ -92,7 +95,7 @@ class Case:
             `evaluate_queries` without the query tower, or `"search"`, a batch of the index.
         embedding: the class of both towers.
         layout: `"whole"`, `"rows"` or `"grid"`.
-        negatives: a key of `NEGATIVES`, for training.
+        negatives: a key of `NEGATIVES`, or, for `"evaluation"`, of `NEGATIVES_OF_EVALUATION`.
     """
 
     program: str
@@ -104,13 +107,13 @@ class Case:
     def formula(self) -> str:
         """The bytes that each device sends, without those of scalars."""
         tables = (self.embedding, self.layout)
-        parts = {
-            "training": [LOSS, TRAINING[tables], NEGATIVES[self.negatives]],
-            # A row of `evaluate` has one positive. The example has no list of what queries have seen.
-            "evaluation": [LOSS_OF_EVALUATION, LOOKUPS[tables], RANKS[self.layout].replace("n", "1").replace("m", "0")],
-            "ranks": [RANKS[self.layout]],
-            "search": [SEARCH[self.layout]],
-        }[self.program]
+        if self.program == "training":
+            parts = [LOSS, TRAINING[tables], NEGATIVES[self.negatives]]
+        elif self.program == "evaluation":
+            negatives = NEGATIVES_OF_EVALUATION[self.negatives]
+            parts = [LOSS_OF_EVALUATION, LOOKUPS[tables], RANKS_OF_EVALUATION[self.layout], negatives]
+        else:
+            parts = [{"ranks": RANKS, "search": SEARCH}[self.program][self.layout]]
         return " + ".join(part for part in parts if part != "0") or "0"
 
     def bytes_sent(self, num_devices: int, sizes: Any) -> float:
@@ -139,6 +142,7 @@ CASES = [
     *(Case("training", *tables) for tables in TRAINING),
     *(Case("training", negatives=negatives) for negatives in ("log-q", "mixed", "memory")),
     *(Case("evaluation", *tables) for tables in LOOKUPS),
+    Case("evaluation", negatives="log-q"),
     *(Case(program, layout=layout) for program in ("ranks", "search") for layout in RANKS),
 ]
 
@@ -220,9 +224,7 @@ def search_collectives(model: TwoTowerModel, program: str, sizes: Sizes) -> list
         return index.stateless_call(*state, queries, exclude_ids=exclude_ids)[0]
 
     state = tuple(map(without_values, (index.trainable_variables, index.non_trainable_variables)))
-    return collectives_of(
-        search, state, split((sizes.B, sizes.d), "float32"), split((sizes.B, sizes.m), "int32")
-    )
+    return collectives_of(search, state, split((sizes.B, sizes.d), "float32"), split((sizes.B, sizes.m), "int32"))
 
 
 def ranks_collectives(model: TwoTowerModel, program: str, sizes: Sizes) -> list[Collective]:
