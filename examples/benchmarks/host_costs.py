@@ -2,8 +2,8 @@ r"""Measures what large tables cost the hosts, outside of compiled programs: mem
 
     python examples/benchmarks/host_costs.py
 
-Each cost is that of one row, name, example or byte, to be multiplied by the numbers of a large model. Memory is the peak
-of the resident memory of the process, on Linux.
+Each cost is that of one name, example, candidate or byte, to be multiplied by the numbers of a large model. Memory is
+the peak of the resident memory of the process, on Linux.
 """
 
 import os
