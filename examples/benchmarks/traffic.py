@@ -30,7 +30,7 @@ from timing import Table, print_setting
 from traffic_cases import CASES, Case, Sizes
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("compile", True, "Compare the formulas with compiled programs, which takes two minutes.")
+flags.DEFINE_bool("compile", True, "Compare the formulas with compiled programs, which takes minutes.")
 flags.DEFINE_bool("verbose", False, "Print each collective of the compiled programs.")
 flags.DEFINE_integer("num_hosts", 64, "Hosts of the cluster.", lower_bound=1)
 flags.DEFINE_integer("num_rows", 10**9, "Rows of each of the two tables.", lower_bound=1)
@@ -44,7 +44,9 @@ flags.DEFINE_float("gigabits", 100.0, "Bandwidth of each host in 10^9 bits per s
 
 # The default of `shard_candidates`, and one that scores 16 times as many queries at once.
 BLOCK_SIZES = (2**26, 2**30)
-# Extra negatives as many as the batch has candidates: for the tables of a cluster.
+# From this many logits on each device on, the loss is computed in blocks, as the formulas assume.
+MIN_LOGITS = 2**22
+# With as many drawn or stored negatives as queries in the batch.
 STEPS = {
     "training, `Embedding` on each host": Case("training", "Embedding", "whole"),
     "training, `RowSparseEmbedding` on each host": Case("training", "RowSparseEmbedding", "whole"),
@@ -159,6 +161,11 @@ def main(_):
         N=FLAGS.batch_size,
         C=FLAGS.batch_size,
     )
+    if sizes.B**2 // FLAGS.num_hosts < MIN_LOGITS:
+        raise app.UsageError(
+            f"Each host needs at least {MIN_LOGITS:,} logits of a batch: XLA splits the loss of smaller batches "
+            f"in its own way. Received: --batch_size={sizes.B} for {FLAGS.num_hosts} hosts. Use larger batches."
+        )
     cluster = Cluster(FLAGS.num_hosts, FLAGS.gigabits, sizes)
     if FLAGS.compile:
         jax.config.update("jax_num_cpu_devices", 8)
