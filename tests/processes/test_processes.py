@@ -15,7 +15,8 @@ from conftest import data_parallel
 from keras_rs_contrib import load_model
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-TIMEOUT = 150
+# On two busy cores.
+TIMEOUT = 400
 # Faster to compile.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
