@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from keras_rs_contrib.batches import PaddedBatches, pad_batches
+from keras_rs_contrib.checkpoints.callback import TrainingCheckpoint
 from keras_rs_contrib.ids import group_candidate_ids
 from keras_rs_contrib.index.retrieval import ShardedBruteForceRetrieval
 from keras_rs_contrib.index.shard_candidates import shard_candidates
@@ -50,6 +51,7 @@ __all__ = [
     "ShardedBruteForceRetrieval",
     "ShardedEmbedding",
     "StreamingSamplingProbability",
+    "TrainingCheckpoint",
     "TwoTowerModel",
     "Vocabulary",
     "group_candidate_ids",

@@ -12,17 +12,17 @@ from typing import Any
 import keras
 from keras import ops
 from keras.src.backend.common import global_state
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 # 1. `fit` turns arrays, datasets and generators into batches by these classes, and accepts an adapter in their place.
 #    Padding must happen between the two. Replacement: a public `keras.utils.DataAdapter`.
-from keras.src.trainers.data_adapters import GeneratorDataAdapter, get_data_adapter
+from keras.src.trainers.data_adapters import GeneratorDataAdapter, TFDatasetAdapter, get_data_adapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 __all__ = [
     "DataAdapter",
     "GeneratorDataAdapter",
     "LossPerExample",
+    "dataset_of",
     "distributable_targets",
     "forget_uninitialized_variables",
     "get_data_adapter",
@@ -38,6 +38,7 @@ __all__ = [
     "set_layout",
     "set_shape",
     "sharing_objects",
+    "start_at_epoch",
     "sublayers",
     "uninitialized_variables",
 ]
@@ -48,6 +49,11 @@ def distributable_targets(y: Any) -> Any:
     major, minor = keras.version().split(".")[:2]
     # An empty structure has no array that Keras would look for.
     return () if y is None and (int(major), int(minor)) < (3, 15) else y
+
+
+def dataset_of(adapter: Any) -> Any:
+    """Returns the `tf.data.Dataset` that an adapter reads, or `None` if it reads other data."""
+    return adapter.get_tf_dataset() if isinstance(adapter, TFDatasetAdapter) else None
 
 
 def is_loading() -> bool:
@@ -144,8 +150,17 @@ def is_tracing_symbolically() -> bool:
     Keras then makes up batch sizes, which must not be checked against the number of devices. Replacement: a public
     query, such as `keras.in_symbolic_scope()`.
     """
-    # 3. The scope is set by Keras alone.
-    return bool(in_symbolic_scope())
+    # 2. The same global state.
+    return global_state.get_global_attribute("symbolic_scope") is not None
+
+
+def start_at_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Lets the `fit` that is calling `on_train_begin` start at an epoch; `None` for its argument `initial_epoch`.
+
+    Keras keeps it for later calls of `fit`, until it is set to `None`. Replacement: a public way to resume.
+    """
+    # 3. As in `keras.callbacks.BackupAndRestore`.
+    model._initial_epoch = epoch
 
 
 def get_layout(variable: keras.Variable) -> Any:

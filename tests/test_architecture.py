@@ -22,6 +22,7 @@ LEVELS = [
     {"index"},
     {"export"},
     {"model"},
+    {"checkpoints"},
     {"__init__"},
 ]
 

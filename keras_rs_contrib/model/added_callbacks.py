@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -15,6 +17,28 @@ def with_callbacks(callbacks: Any, *added: keras.callbacks.Callback) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
     return [*([] if callbacks is None else keras.tree.flatten(callbacks)), *added]
+
+
+class ReleasedCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """A callback that holds something, such as a file, until the end of `fit`. Keras does not tell it of an error."""
+
+    def release(self) -> None:
+        """Lets go of what it holds. It may be called again."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def releasing(callbacks: Any) -> Iterator[None]:
+    """Lets callbacks release what they hold after `with`, also after an error.
+
+    Args:
+        callbacks: the `callbacks` of `fit`, in any form.
+    """
+    with contextlib.ExitStack() as stack:
+        for callback in with_callbacks(callbacks):
+            if isinstance(callback, ReleasedCallback):
+                stack.callback(callback.release)
+        yield
 
 
 class RefreshIndex(keras.callbacks.Callback):  # type: ignore[misc]

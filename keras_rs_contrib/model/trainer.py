@@ -15,7 +15,7 @@ from keras_rs_contrib.arguments import check_can_train
 from keras_rs_contrib.columns import names_in, select
 from keras_rs_contrib.distribution import check_mesh
 from keras_rs_contrib.model.access import Access, alone
-from keras_rs_contrib.model.added_callbacks import Collect, RefreshIndex, with_callbacks
+from keras_rs_contrib.model.added_callbacks import Collect, RefreshIndex, releasing, with_callbacks
 from keras_rs_contrib.model.baseline import check_seen, report_popularity, say_that_seen_are_ranked
 from keras_rs_contrib.model.callbacks import set_modes
 from keras_rs_contrib.model.failed_builds import RecoveringModel
@@ -196,7 +196,8 @@ class PaddedModel(RecoveringModel):
             say_that_seen_are_ranked(self)
         stop = StopIfNotFinite()
         # `evaluate` needs to know the batches that are checked already.
-        with collecting, WeightGuard(self) as guard, self._setting(_validation_batches=validation_data):
+        checked = self._setting(_validation_batches=validation_data)
+        with collecting, WeightGuard(self) as guard, checked, releasing(callbacks):
             history = super().fit(
                 x,
                 epochs=epochs,

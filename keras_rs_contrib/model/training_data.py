@@ -223,6 +223,22 @@ class TrainingData:
         values = [arrays.get(name, default) for name, default in zip(ARRAYS, empty, strict=True)]
         self._ids, self._counts, self._queries, self._starts, self._seen, self._trained = values
 
+    def state(self) -> dict[str, Any]:
+        """Returns what is known, for a checkpoint. What is being collected is left out: its batches are read again."""
+        if not self.collects:
+            return {"arrays": self.to_arrays(), "collects": False}
+        values = (*self._counts_before, self._queries, self._starts, self._seen, self._trained)
+        return {"arrays": dict(zip(ARRAYS, values, strict=True)), "collects": True}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes what `state` has returned, in a training that collects, and that reads the same batches again."""
+        self.take_arrays(state["arrays"])
+        self._counts_before = self._ids, self._counts
+        self._is_settled = True
+        if not state["collects"]:
+            self.collects = False
+            self._longest, self._current = [], []
+
     def _longest_pass(self) -> list[Batch]:
         return max(self._longest, self._current, key=lambda batches: sum(batch.num_rows for batch in batches))
 

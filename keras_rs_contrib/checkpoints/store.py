@@ -1,0 +1,254 @@
+"""The checkpoints in a folder: written in the background, complete or not there at all, and checked when read."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from keras_rs_contrib.checkpoints import processes
+from keras_rs_contrib.checkpoints.plain_values import Array
+
+BLOCK_BYTES = 1 << 24
+
+
+class Place(NamedTuple):
+    """Where in a training a checkpoint was written. Later places are greater.
+
+    Attributes:
+        epoch: the number of complete epochs.
+        batches: the number of batches that were trained in the next one.
+    """
+
+    epoch: int
+    batches: int
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return f"epoch-{self.epoch}-batch-{self.batches}"
+
+
+class Store:
+    """The checkpoints in a folder.
+
+    Each is a folder with the arrays of the model as Orbax writes them, `info.json`, `arrays.npz`, and the size and the
+    CRC-32 of each file in `checksums.json`. It has another name until all of this is written.
+
+    All processes call all methods, except that only the first one changes and reads the names of files.
+
+    Args:
+        directory: the folder.
+        keep: the number of newest checkpoints that remain.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+        checkpoint = import_orbax()
+        # Compression would take longer than training takes, and random weights hardly shrink.
+        handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
+        self._args = checkpoint.args
+        self._restore_args = checkpoint.ArrayRestoreArgs
+        self._checkpointer = checkpoint.AsyncCheckpointer(handler)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._pending_place: Place | None = None
+        # The newest complete checkpoint.
+        self.last: Place | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
+
+    def path_of(self, place: Place) -> pathlib.Path:
+        """Returns the folder of a checkpoint."""
+        return self.directory / place.name
+
+    def places(self) -> list[Place]:
+        """Returns the complete checkpoints in ascending order."""
+        names = (re.fullmatch(r"epoch-(\d+)-batch-(\d+)", path.name) for path in self.directory.iterdir())
+        return sorted(Place(int(name[1]), int(name[2])) for name in names if name)
+
+    def remove_incomplete(self) -> None:
+        """Removes what a training that has died was writing."""
+        for path in self.directory.glob("writing-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def newest(self) -> tuple[Place | None, list[str]]:
+        """Returns the newest checkpoint that is not damaged, or `None`, and what is wrong with each newer one.
+
+        Those that are damaged get another name, and do not count anymore.
+        """
+        faults: list[str] = []
+        for place in reversed(self.places()):
+            fault = fault_of(self.path_of(place))
+            if fault is None:
+                self.last = place
+                return place, faults
+            faults.append(f"{self.path_of(place)}: {fault}")
+            damaged = self.directory / f"damaged-{place.name}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            self.path_of(place).rename(damaged)
+        return None, faults
+
+    def info(self, place: Place) -> tuple[dict[str, Any], list[Array]]:
+        """Returns what was saved beside the variables."""
+        path = self.path_of(place)
+        info = json.loads((path / "info.json").read_text())
+        with np.load(path / "arrays.npz", allow_pickle=False) as file:
+            arrays = [file[f"arr_{number}"].view(dtype) for number, dtype in enumerate(info.pop("array_dtypes"))]
+        return info, arrays
+
+    def restore(self, place: Place, like: list[Any]) -> list[Any]:
+        """Returns the variables of a checkpoint.
+
+        Args:
+            place: the checkpoint.
+            like: an array for each variable, of its shape, dtype and sharding.
+        """
+        not_empty = {str(number): array for number, array in enumerate(like) if array.size}
+        restore_args = {
+            name: self._restore_args(sharding=array.sharding, global_shape=array.shape, dtype=array.dtype)
+            for name, array in not_empty.items()
+        }
+        item = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in not_empty.items()
+        }
+        args = self._args.PyTreeRestore(item=item, restore_args=restore_args)
+        restored = self._checkpointer.restore(self.path_of(place) / "state", args=args)
+        return [restored.get(str(number), array) for number, array in enumerate(like)]
+
+    def save(self, place: Place, values: list[Any], info: dict[str, Any], arrays: list[Array]) -> Exception | None:
+        """Begins to write a checkpoint. Returns the error of the previous one, or of this one if it has already failed.
+
+        Args:
+            place: where in the training.
+            values: the variables, as arrays that nothing changes.
+            info: what JSON can hold.
+            arrays: NumPy arrays that nothing changes.
+        """
+        error = self.wait()
+        path = self.directory / f"writing-{place.name}"
+        failed = False
+        if processes.is_first():
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+            except OSError as cause:
+                error, failed = cause, True
+        # The processes wait for one another in Orbax.
+        if processes.largest(failed):
+            return error or OSError(f"The first process could not create {path}.")
+        try:
+            tree = {str(number): value for number, value in enumerate(values) if value.size}
+            self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
+        except Exception as cause:
+            # Orbax reports a full disk as one of several types.
+            shutil.rmtree(path, ignore_errors=True)
+            return cause
+        self._pending_place = place
+        self._pending = self._thread.submit(self._finish, place, info, arrays)
+        return error
+
+    def wait(self) -> Exception | None:
+        """Waits until nothing is being written. Returns the error of the last checkpoint, if it is new."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        error = pending.exception()
+        if error is None:
+            self.last = self._pending_place
+            return None
+        if isinstance(error, Exception):
+            return error
+        raise error
+
+    def close(self) -> Exception | None:
+        """Waits, and ends the threads. Returns an error as `wait` does."""
+        error = self.wait()
+        self._thread.shutdown()
+        self._checkpointer.close()
+        return error
+
+    def _finish(self, place: Place, info: dict[str, Any], arrays: list[Array]) -> None:
+        """Completes a checkpoint, in the background."""
+        path = self.directory / f"writing-{place.name}"
+        try:
+            self._checkpointer.wait_until_finished()
+            if not processes.is_first():
+                return
+            info = {
+                **info,
+                "array_dtypes": [array.dtype.str if array.dtype.kind != "V" else array.dtype.name for array in arrays],
+            }
+            # A file of NumPy does not hold bfloat16.
+            np.savez(
+                path / "arrays.npz",
+                *(each.view(f"u{each.itemsize}") if each.dtype.kind == "V" else each for each in arrays),
+            )
+            (path / "info.json").write_text(json.dumps(info))
+            (path / "checksums.json").write_text(json.dumps(_checksums(path)))
+            path.rename(self.path_of(place))
+        except BaseException:
+            if processes.is_first():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        for old in self.places()[: -self.keep]:
+            # Without a checksum, a folder that is removed by half does not count.
+            (self.path_of(old) / "checksums.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path_of(old), ignore_errors=True)
+
+
+def import_orbax() -> Any:
+    """Returns the module `orbax.checkpoint`, or raises an `ImportError` that says how to install it."""
+    try:
+        import orbax.checkpoint
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "`TrainingCheckpoint` writes files with Orbax. Received: no module "
+            f"{error.name!r}. Install it: `pip install orbax-checkpoint`."
+        ) from error
+    return orbax.checkpoint
+
+
+def fault_of(path: pathlib.Path) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, or `None` if nothing is."""
+    try:
+        expected = json.loads((path / "checksums.json").read_text())
+        files = expected.items()
+    except (OSError, ValueError, AttributeError):
+        return "`checksums.json` is missing or damaged"
+    for name, (size, checksum) in files:
+        file = path / name
+        if not file.is_file():
+            return f"the file {name!r} is missing"
+        if file.stat().st_size != size:
+            return f"the file {name!r} has {file.stat().st_size} bytes instead of {size}"
+        if _crc(file) != checksum:
+            return f"the file {name!r} differs from its checksum"
+    return None
+
+
+def _checksums(path: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Returns the size and the CRC-32 of each file in a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): (os.stat(file).st_size, _crc(file)) for file in files}
+
+
+def _crc(path: pathlib.Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
