@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 
 Array = np.ndarray[Any, Any]
@@ -18,7 +19,8 @@ def to_json(value: Any, arrays: list[Array]) -> Any:
     """Returns what JSON can hold of a value, and appends its arrays.
 
     Args:
-        value: `None`, numbers, strings, arrays, and lists, tuples, sets and dicts of them.
+        value: `None`, numbers, strings, arrays, functions of `keras.ops`, by which callbacks of Keras compare metrics,
+            and lists, tuples, sets and dicts of them.
         arrays: list to append to.
 
     Raises:
@@ -28,6 +30,8 @@ def to_json(value: Any, arrays: list[Array]) -> Any:
         return value
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return {"scalar": value.dtype.name, "value": value.item()}
+    if callable(value) and getattr(keras.ops, getattr(value, "__name__", ""), None) is value:
+        return {"op": value.__name__}
     if isinstance(value, (np.ndarray, jax.Array)):
         if not getattr(value, "is_fully_addressable", True) or value.dtype == object:
             raise NotPlainError(type(value).__name__)
@@ -48,6 +52,8 @@ def from_json(content: Any, arrays: list[Array]) -> Any:
     kind = next(iter(content))
     if kind == "scalar":
         return np.dtype(content["scalar"]).type(content["value"])
+    if kind == "op":
+        return getattr(keras.ops, content["op"])
     if kind == "array":
         return arrays[content["array"]]
     if kind == "dict":
