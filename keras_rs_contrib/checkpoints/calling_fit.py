@@ -14,10 +14,10 @@ import keras
 
 @dataclasses.dataclass(frozen=True)
 class CallingFit:
-    """A call of `fit`. It keeps nothing of the call alive.
+    """A call of `fit`.
 
     Keras tells a callback neither the other callbacks nor the data, and not that `fit` has failed. All of this is
-    visible in the functions that are being called.
+    visible in the functions that are being called, by the names of the arguments of `fit`.
 
     Attributes:
         callbacks: all callbacks of the call.
@@ -30,7 +30,6 @@ class CallingFit:
     data: Any
     num_batches: int | None
     steps_per_epoch: int | None
-    _frame: int
     _code: types.CodeType
     _thread: int
 
@@ -49,7 +48,8 @@ class CallingFit:
             return any(thread.ident == self._thread for thread in threading.enumerate())
         frame = frame or inspect.currentframe()
         while frame is not None:
-            if id(frame) == self._frame and frame.f_code is self._code:
+            # The frame itself would keep the data alive.
+            if frame.f_code is self._code and frame.f_locals.get("callbacks") is self.callbacks:
                 return True
             frame = frame.f_back
         return False
@@ -65,8 +65,7 @@ def calling_fit() -> CallingFit:
     while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
         frame = frame.f_back
     callbacks = None if frame is None else frame.f_locals["self"]
-    # The list of callbacks calls its own methods before `fit` is reached.
-    while frame is not None and frame.f_code.co_name != "fit":
+    while frame is not None and frame.f_locals.get("callbacks") is not callbacks:
         frame = frame.f_back
     if frame is None or callbacks is None:
         raise RuntimeError(
@@ -80,7 +79,6 @@ def calling_fit() -> CallingFit:
         data=arguments.get("x"),
         num_batches=_num_batches(arguments.get("x"), arguments.get("batch_size"), steps),
         steps_per_epoch=steps,
-        _frame=id(frame),
         _code=frame.f_code,
         _thread=threading.get_ident(),
     )
