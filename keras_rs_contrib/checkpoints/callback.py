@@ -27,9 +27,9 @@ class TrainingCheckpoint(ReleasedCallback):
 
     A checkpoint holds the variables of the model, its optimizer and its metrics, what a `TwoTowerModel` knows of its
     training data, the place in the data, the global random generators of Python and NumPy, the history, and what
-    training has changed in plain attributes of the other callbacks, such as `best` and `wait` of `EarlyStopping`. It
-    is written by Orbax in the background, and counts once it is complete. In memory, a copy of the variables is needed
-    until then on a CPU. If writing fails, for instance on a full disk, a warning says so, and training continues.
+    training has changed in plain attributes of the other callbacks, such as `best` and `wait` of `EarlyStopping`. Orbax
+    writes it in the background, from a copy in the memory of the host. It counts once it is complete. If writing fails,
+    for instance on a full disk, a warning says so, and training continues.
 
     - Data: arrays, DataFrames, a `PyDataset`, or a `tf.data.Dataset` with a seed. Batches that were trained are read
       again and skipped; with `steps_per_epoch`, those of all earlier epochs. A dataset must give the same batches when

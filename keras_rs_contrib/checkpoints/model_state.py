@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import keras
 
 from keras_rs_contrib import _keras
@@ -78,18 +77,6 @@ def difference(saved: list[list[Any]], own: list[list[Any]]) -> str | None:
         return None
     there, here = zip(*different, strict=True)
     return f"there {listed(list(there))}; here {listed(list(here))}"
-
-
-def copied(values: Sequence[Any]) -> list[Any]:
-    """Returns arrays that later steps leave alone.
-
-    On a CPU, what is written is the memory of the array itself, which Keras lets the next step overwrite. Elsewhere, it
-    is copied to the host before the next step begins.
-    """
-    return [
-        jnp.copy(value) if any(device.platform == "cpu" for device in value.sharding.device_set) else value
-        for value in values
-    ]
 
 
 def knowledge_of(model: keras.Model, arrays: list[Array]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ def to_json(value: Any, arrays: list[Array]) -> Any:
         return value
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return {"scalar": value.dtype.name, "value": value.item()}
-    if callable(value) and getattr(keras.ops, getattr(value, "__name__", ""), None) is value:
-        return {"op": value.__name__}
+    name = getattr(value, "__name__", "")
+    if name and getattr(keras.ops, name, None) is value:
+        return {"op": name}
     if isinstance(value, (np.ndarray, jax.Array)):
         if not getattr(value, "is_fully_addressable", True) or value.dtype == object:
             raise NotPlainError(type(value).__name__)

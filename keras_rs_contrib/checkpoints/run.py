@@ -21,7 +21,6 @@ from keras_rs_contrib.checkpoints.calling_fit import CallingFit
 from keras_rs_contrib.checkpoints.lock import FolderLock
 from keras_rs_contrib.checkpoints.losses import Loss, Losses
 from keras_rs_contrib.checkpoints.model_state import (
-    copied,
     described,
     difference,
     first_difference,
@@ -35,7 +34,7 @@ from keras_rs_contrib.checkpoints.plain_values import Array
 from keras_rs_contrib.checkpoints.randomness import random_state, set_random_state
 from keras_rs_contrib.checkpoints.schedule import Schedule
 from keras_rs_contrib.checkpoints.signals import StopSignals
-from keras_rs_contrib.checkpoints.steps import Steps
+from keras_rs_contrib.checkpoints.steps import TOO_FEW, Steps
 from keras_rs_contrib.checkpoints.store import Place, Store
 from keras_rs_contrib.model.finite_loss import not_finite
 
@@ -78,8 +77,10 @@ class Run:
         self._epoch = 0
         self._first_epoch: int | None = None
         self._num_earlier = 0
-        # The state of random generators when the order of the data was drawn, and before the next step that is trained.
+        # The state of random generators at the beginning of the epoch, before the first batch that is taken, and before
+        # the first step that is trained.
         self._random_at_begin: Any = None
+        self._random_at_first: Any = None
         self._random_at_step: Any = None
         # The checkpoint that this training resumes from, until it has.
         self._info: dict[str, Any] | None = None
@@ -94,7 +95,12 @@ class Run:
         self._lock: FolderLock | None = None
         self._signals = StopSignals(fit.is_running)
         self._steps = Steps(
-            model.train_function, model.steps_per_execution, self._is_active, self._before_step, self._after_step
+            model.train_function,
+            model.steps_per_execution,
+            self._is_active,
+            self._before_reading,
+            self._before_step,
+            self._after_step,
         )
         try:
             self._open(directory)
@@ -241,22 +247,38 @@ class Run:
         if self._first_epoch is None:
             self._first_epoch = epoch
         self._steps.begin_epoch()
-        self._random_at_step = random_state()
         if self._info is None:
-            if self._random_at_begin is None or not self._fit.reads_on:
-                self._random_at_begin = self._random_at_step
+            if not self._is_reading_on:
+                self._random_at_begin = random_state()
             return
-        is_within = self._info["batches"] > 0
-        if is_within or self._fit.reads_on:
+        if self._info["batches"] or self._fit.reads_on:
             # The data are read again from where their order was drawn.
-            set_random_state(self._info["random_at_begin"])
-        self._random_at_begin = random_state()
+            self._random_at_begin = self._info["random_at_begin"]
+            set_random_state(self._random_at_begin)
+        else:
+            self._random_at_begin = random_state()
         self._steps.skip(self._num_earlier, self._info["batches"], self._info["logs"])
-        if is_within:
-            self._random_at_step = self._info["random"]
+        if self._info["batches"]:
             self._assign(self._restored)
             # What the other callbacks have seen of these batches is restored.
             self._silenced, self._fit.callbacks.callbacks = self._fit.callbacks.callbacks, [last]
+
+    @property
+    def _is_reading_on(self) -> bool:
+        """Whether the data are read on from the last epoch."""
+        return self._fit.reads_on and self._num_earlier > 0
+
+    def _before_reading(self) -> None:
+        # Threads of a `PyDataset` draw its order when an epoch begins; other data, when their first batch is taken.
+        if self._info is None:
+            if not self._is_reading_on:
+                self._random_at_first = random_state()
+            return
+        within = self._info["batches"] > 0
+        self._random_at_step = self._info["random"] if within else random_state()
+        if within or self._fit.reads_on:
+            set_random_state(self._info["random_at_first"])
+        self._random_at_first = random_state()
 
     def begin_step(self) -> None:
         """Lets the other callbacks be called again, before the first step that is trained."""
@@ -303,6 +325,8 @@ class Run:
 
     def end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         """Ends an epoch. Called after `on_epoch_end` of all other callbacks."""
+        if self._info is not None:
+            raise ValueError(TOO_FEW)
         state = [[variable.value for variable in group] for group in variables_of(self._model)]
         self._check_losses(state, waits=True)
         for name in ("loss", "val_loss"):
@@ -375,25 +399,30 @@ class Run:
             "logs": {name: float(value) for name, value in self._logs.items()},
             "random": random_state(),
             "random_at_begin": self._random_at_begin,
+            "random_at_first": self._random_at_first,
             "variables": described(self._variables),
             "vocabularies": {name: checksum(names) for name, names in self._vocabularies.items()},
             "knowledge": knowledge_of(self._model, arrays),
             "callbacks": self._others.to_json(arrays),
         }
         self._saved = place
-        self._warn(self._store.save(place, copied(values), info, arrays))
+        self._warn(self._store.save(place, values, info, arrays))
 
     def _warn(self, error: Exception | None) -> None:
         if error is not None and processes.is_first():
             warnings.warn(
                 f"A checkpoint must be written as a whole. Received: {type(error).__name__}: {error}. Training "
-                f"continues without it; {self._last_good()} Free space in {self._store.directory}.",
+                f"continues without it. {self._last_good()} Free space in {self._store.directory}.",
                 stacklevel=2,
             )
 
     def _last_good(self) -> str:
         last = self._store.last
-        return "there is no checkpoint yet." if last is None else f"the last good one is {self._store.path_of(last)}."
+        return (
+            "there is no checkpoint yet."
+            if last is None
+            else f"the last good checkpoint is {self._store.path_of(last)}."
+        )
 
     def _stop_signal(self, is_epoch_end: bool) -> int:
         """Returns the number of the signal that stops the training, the same in all processes, or 0.
@@ -417,9 +446,9 @@ class Run:
         self.release()
         name = signal.Signals(number).name
         if place == self._store.last:
-            processes.say(f"{name}: training has stopped. The same command continues: {self._last_good()}")
+            processes.say(f"{name}: training has stopped. The same command continues. {self._last_good()}")
         else:
-            processes.say(f"{name}: training has stopped, and its checkpoint could not be written; {self._last_good()}")
+            processes.say(f"{name}: training has stopped, and its checkpoint could not be written. {self._last_good()}")
         raise SystemExit(128 + number)
 
     def _check_losses(self, state: Any, waits: bool) -> None:
@@ -434,7 +463,7 @@ class Run:
         if loss.step is not None:
             where += f", after batch {loss.step}"
         variables = [each for each in self._model.trainable_variables if each.value.is_fully_addressable]
-        raise ValueError(f"{not_finite(variables, where)} Of the checkpoints, {self._last_good()}")
+        raise ValueError(f"{not_finite(variables, where)} {self._last_good()}")
 
 
 def _check_can_resume(fit: CallingFit) -> None:

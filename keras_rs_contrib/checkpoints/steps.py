@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+TOO_FEW = (
+    "A training resumes on the data that it began with. Received: fewer batches than the checkpoint was trained on. "
+    "Pass the same data, or another `directory` to begin again."
+)
+
 
 class Steps:
     """Takes the place of `model.train_function`.
@@ -14,6 +19,7 @@ class Steps:
             returns logs and the new state.
         batches_per_call: the number of batches in a call: `steps_per_execution`.
         is_active: whether the training that has put it here is running.
+        before_reading: called in each epoch before the first batch is taken.
         before_step: takes the state before a step, and returns the state to train.
         after_step: takes the logs of a step, and its number of batches.
 
@@ -26,19 +32,21 @@ class Steps:
         function: Any,
         batches_per_call: int,
         is_active: Callable[[], bool],
+        before_reading: Callable[[], None],
         before_step: Callable[[Any], Any],
         after_step: Callable[[Any, int], None],
     ) -> None:
         self.function = function
         self._batches_per_call = batches_per_call
         self._is_active = is_active
+        self._before_reading = before_reading
         self._before_step = before_step
         self._after_step = after_step
         self.batches = 0
         self._num_earlier = 0
         self._num_skipped = 0
         self._logs: dict[str, float] = {}
-        self._iterator: Iterator[Any] = iter(())
+        self._iterator: Iterator[Any] | None = None
 
     @property
     def is_skipping(self) -> bool:
@@ -47,7 +55,7 @@ class Steps:
 
     def begin_epoch(self) -> None:
         """Begins to count the batches of an epoch."""
-        self.batches, self._num_skipped = 0, 0
+        self.batches, self._num_skipped, self._iterator = 0, 0, None
 
     def skip(self, num_earlier: int, num_batches: int, logs: dict[str, float]) -> None:
         """Lets the coming calls take batches without training.
@@ -63,6 +71,8 @@ class Steps:
         """Trains a step, or takes its batches."""
         if not self._is_active():
             return self.function(state, iterator)  # type: ignore[no-any-return]
+        if self._iterator is None:
+            self._before_reading()
         self._iterator = iterator
         while self._num_earlier:
             self._take()
@@ -79,14 +89,13 @@ class Steps:
         return logs, state
 
     def _take(self) -> None:
+        assert self._iterator is not None
         if next(self._iterator, self) is self:
-            raise ValueError(
-                "A training resumes on the data that it began with. Received: fewer batches than the checkpoint was "
-                "trained on. Pass the same data, or another `directory` to begin again."
-            )
+            raise ValueError(TOO_FEW)
 
     def __next__(self) -> Any:
         """Returns the next batch, for the step."""
+        assert self._iterator is not None
         batch = next(self._iterator)
         self.batches += 1
         return batch

@@ -134,7 +134,7 @@ class Store:
 
         Args:
             place: where in the training.
-            values: the variables, as arrays that nothing changes.
+            values: the variables, which the next step may replace.
             info: what JSON can hold.
             arrays: NumPy arrays that nothing changes.
         """
@@ -151,6 +151,8 @@ class Store:
         if processes.largest(failed):
             return error or OSError(f"The first process could not create {path}.")
         try:
+            # Orbax reads the arrays before it returns. On a CPU it reads them in place: JAX does not let a step reuse
+            # memory that NumPy sees, and the next step copies what it changes.
             tree = {str(number): value for number, value in enumerate(values) if value.size}
             self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
         except Exception as cause:
