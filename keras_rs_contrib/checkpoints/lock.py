@@ -26,22 +26,22 @@ class FolderLock:
     """
 
     def __init__(self, directory: pathlib.Path, is_running: Callable[[], bool]) -> None:
-        self._path = directory.resolve() / "lock"
-        if self._path in _HELD and not _HELD[self._path][0]():
-            _HELD[self._path][1]()
-        self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock_file = directory.resolve() / "lock"
+        if self._lock_file in _HELD and not _HELD[self._lock_file][0]():
+            _HELD[self._lock_file][1]()
+        self._descriptor: int | None = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._file)
+            os.close(self._descriptor)
             raise
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"{os.getpid()}\n".encode())
-        _HELD[self._path] = (is_running, self.release)
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, f"{os.getpid()}\n".encode())
+        _HELD[self._lock_file] = (is_running, self.release)
 
     def release(self) -> None:
         """Lets other trainings use the folder."""
-        if self._file is not None:
-            _HELD.pop(self._path, None)
-            os.close(self._file)
-            self._file = None
+        if self._descriptor is not None:
+            _HELD.pop(self._lock_file, None)
+            os.close(self._descriptor)
+            self._descriptor = None

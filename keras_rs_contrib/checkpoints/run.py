@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -22,14 +19,13 @@ from keras_rs_contrib.checkpoints.lock import FolderLock
 from keras_rs_contrib.checkpoints.losses import Loss, Losses
 from keras_rs_contrib.checkpoints.model_state import (
     described,
-    difference,
-    first_difference,
     knowledge_of,
     saved_variables,
     set_knowledge,
     variables_of,
     vocabularies_of,
 )
+from keras_rs_contrib.checkpoints.opening import check_can_resume, check_same_model, checksum, open_folder
 from keras_rs_contrib.checkpoints.plain_values import Array
 from keras_rs_contrib.checkpoints.randomness import random_state, set_random_state
 from keras_rs_contrib.checkpoints.schedule import Schedule
@@ -63,13 +59,13 @@ class Run:
         schedule: Schedule,
         keep: int,
     ) -> None:
-        _check_can_resume(fit)
-        self._model = model
+        check_can_resume(fit)
+        self.model = model
         self._fit = fit
         self._epochs = epochs
         self._schedule = schedule
         self._vocabularies = vocabularies_of(model)
-        self._variables = saved_variables(model)
+        self.variables = saved_variables(model)
         self._store = Store(directory, keep)
         self._losses = Losses()
         self._logs: dict[str, Any] = {}
@@ -103,7 +99,7 @@ class Run:
             self._after_step,
         )
         try:
-            self._open(directory)
+            self._open()
             self._signals.install()
             model.train_function = self._steps
         except BaseException:
@@ -115,46 +111,19 @@ class Run:
     def _is_active(self) -> bool:
         return not self._is_released and self._fit.is_running()
 
-    def _open(self, directory: pathlib.Path) -> None:
+    def _open(self) -> None:
         """Takes the folder, and restores the newest checkpoint."""
-        outcome: dict[str, Any] = {}
-        if processes.is_first():
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                self._lock = FolderLock(directory, self._is_active)
-                self._store.remove_incomplete()
-                place, faults = self._store.newest()
-                outcome = {"place": place, "faults": faults}
-                self._write_vocabularies(directory)
-            except BlockingIOError:
-                outcome = {
-                    "running": "A folder of checkpoints belongs to one training at a time. Received: "
-                    f"directory={str(directory)!r}, in which another one is running. Wait for its end, or pass another "
-                    "folder."
-                }
-            except OSError as error:
-                outcome = {
-                    "denied": "`directory` must be a folder in which files can be written. Received: "
-                    f"directory={str(directory)!r}: {error}. Pass another folder, or change its permissions."
-                }
-        outcome = processes.of_first(outcome)
-        if "running" in outcome:
-            raise RuntimeError(outcome["running"])
-        if "denied" in outcome:
-            raise OSError(outcome["denied"])
-        for fault in outcome["faults"]:
-            used = "The one before it is used." if outcome["place"] else "No other is left, and training begins again."
-            processes.say(f"A checkpoint is damaged: {fault}. {used}")
-        if outcome["place"] is not None:
-            self._load(Place(*outcome["place"]))
+        self._lock, place = open_folder(self._store, self._vocabularies, self._is_active)
+        if place is not None:
+            self._load(place)
         self._schedule.begin(0 if self._info is None else self._info["num_steps"])
 
     def _load(self, place: Place) -> None:
         """Restores a checkpoint, or raises an error before anything changes."""
         path = self._store.path_of(place)
         info, self._arrays = self._store.info(place)
-        self._check_same_model(info, path)
-        like = [variable.value for variable in self._variables]
+        check_same_model(info, path, self.variables, self._vocabularies)
+        like = [variable.value for variable in self.variables]
         self._restored = self._store.restore(place, like)
         self._store.last = self._saved = place
         self._info = info
@@ -164,45 +133,15 @@ class Run:
                 "train. Pass more `epochs` to continue, or another `directory` to begin again."
             )
             self._is_complete = True
-            _keras.start_at_epoch(self._model, max(place.epoch, self._epochs))
+            _keras.start_at_epoch(self.model, max(place.epoch, self._epochs))
         else:
             step = f", after batch {place.batches}" if place.batches else ""
             processes.say(f"Training resumes from {path}, in epoch {place.epoch + 1}{step}.")
-            _keras.start_at_epoch(self._model, place.epoch)
-        self._assign(self._restored)
+            _keras.start_at_epoch(self.model, place.epoch)
+        self._set_variables(self._restored)
 
-    def _check_same_model(self, info: dict[str, Any], path: pathlib.Path) -> None:
-        different = difference(info["variables"], described(self._variables))
-        if different is not None:
-            raise ValueError(
-                f"A checkpoint must be of the model that is trained. Received: {path}, of another one: {different}. "
-                "Nothing has been changed. Pass another `directory`, or create the model as it was."
-            )
-        there, here = info["vocabularies"], {name: checksum(names) for name, names in self._vocabularies.items()}
-        for feature in sorted({*there, *here}):
-            if there.get(feature) != here.get(feature):
-                how = "it has one there or here only"
-                if feature in there and feature in here:
-                    how = "it is another one"
-                    with contextlib.suppress(OSError, ValueError):
-                        names = json.loads(_vocabulary_file(self._store.directory, there[feature]).read_text())
-                        how = first_difference(names, self._vocabularies[feature])
-                raise ValueError(
-                    "A checkpoint must have the vocabularies of the model that is trained. Received: "
-                    f"{path}, and another vocabulary of {feature!r}: {how}. Nothing has been changed. "
-                    "Pass another `directory`, or the vocabulary as it was."
-                )
-
-    def _write_vocabularies(self, directory: pathlib.Path) -> None:
-        for names in self._vocabularies.values():
-            file = _vocabulary_file(directory, checksum(names))
-            if not file.exists():
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(names))
-                partial.rename(file)
-
-    def _assign(self, values: list[Any]) -> None:
-        for variable, value in zip(self._variables, values, strict=True):
+    def _set_variables(self, values: list[Any]) -> None:
+        for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
     def begin(self, own: list[keras.callbacks.Callback]) -> None:
@@ -215,9 +154,9 @@ class Run:
         info = self._info
         if info is None:
             return
-        set_knowledge(self._model, info["knowledge"], self._arrays)
+        set_knowledge(self.model, info["knowledge"], self._arrays)
         if self._is_complete or not info["batches"]:
-            self._assign(self._restored)
+            self._set_variables(self._restored)
             self._others.set(info["callbacks"], self._arrays)
             set_random_state(info["random"])
         if not self._is_complete:
@@ -242,7 +181,7 @@ class Run:
             epoch: the number of the epoch, counted from 0.
             last: the callback to call while batches are skipped.
         """
-        _keras.start_at_epoch(self._model, None)
+        _keras.start_at_epoch(self.model, None)
         self._epoch = epoch
         if self._first_epoch is None:
             self._first_epoch = epoch
@@ -259,7 +198,7 @@ class Run:
             self._random_at_begin = random_state()
         self._steps.skip(self._num_earlier, self._info["batches"], self._info["logs"])
         if self._info["batches"]:
-            self._assign(self._restored)
+            self._set_variables(self._restored)
             # What the other callbacks have seen of these batches is restored.
             self._silenced, self._fit.callbacks.callbacks = self._fit.callbacks.callbacks, [last]
 
@@ -315,10 +254,10 @@ class Run:
         set_random_state(self._random_at_step)
         if self._info["batches"]:
             self._others.set(self._info["callbacks"], self._arrays)
-            restored = dict(zip(map(id, self._variables), self._restored, strict=True))
+            restored = dict(zip(map(id, self.variables), self._restored, strict=True))
             state = tuple(
                 [restored.get(id(variable), value) for variable, value in zip(variables, values, strict=True)]
-                for variables, values in zip(variables_of(self._model), state, strict=True)
+                for variables, values in zip(variables_of(self.model), state, strict=True)
             )
         self._info, self._arrays, self._restored = None, [], []
         return state
@@ -327,7 +266,7 @@ class Run:
         """Ends an epoch. Called after `on_epoch_end` of all other callbacks."""
         if self._info is not None:
             raise ValueError(TOO_FEW)
-        state = [[variable.value for variable in group] for group in variables_of(self._model)]
+        state = [[variable.value for variable in group] for group in variables_of(self.model)]
         self._check_losses(state, waits=True)
         for name in ("loss", "val_loss"):
             if isinstance(logs.get(name), float) and not math.isfinite(logs[name]):
@@ -336,7 +275,7 @@ class Run:
         self._steps.begin_epoch()
         self._schedule.add_epoch(epoch + 1)
         number = self._stop_signal(is_epoch_end=True)
-        is_last = self._model.stop_training or epoch + 1 >= self._epochs
+        is_last = self.model.stop_training or epoch + 1 >= self._epochs
         if number or is_last or self._schedule.is_due:
             self._save(Place(epoch + 1, 0), self._values_of(state))
         if number:
@@ -355,9 +294,9 @@ class Run:
             return
         self._is_released = True
         self._signals.restore()
-        _keras.start_at_epoch(self._model, None)
-        if self._model.train_function is self._steps:
-            self._model.train_function = self._steps.function
+        _keras.start_at_epoch(self.model, None)
+        if self.model.train_function is self._steps:
+            self.model.train_function = self._steps.function
         self._fit.callbacks.callbacks, self._silenced = self._silenced or self._fit.callbacks.callbacks, []
         self._restored, self._arrays = [], []
         self._warn(self._store.close())
@@ -368,17 +307,17 @@ class Run:
 
     def _values_of(self, state: Any) -> list[Any]:
         """Returns the arrays of the variables that are saved, of a state as Keras passes it to a step."""
-        saved = set(map(id, self._variables))
+        saved = set(map(id, self.variables))
         pairs = [
             pair
-            for variables, values in zip(variables_of(self._model), state, strict=True)
+            for variables, values in zip(variables_of(self.model), state, strict=True)
             for pair in zip(variables, values, strict=True)
         ]
         return [value for variable, value in pairs if id(variable) in saved]
 
     def _put(self, state: Any) -> None:
         """Assigns a state to the variables, which have no values between two steps."""
-        for variables, values in zip(variables_of(self._model), state, strict=True):
+        for variables, values in zip(variables_of(self.model), state, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
 
@@ -395,14 +334,14 @@ class Run:
             "num_earlier": self._num_earlier,
             "num_steps": self._schedule.num_steps,
             "epochs": self._epochs,
-            "is_stopped": bool(self._model.stop_training),
+            "is_stopped": bool(self.model.stop_training),
             "logs": {name: float(value) for name, value in self._logs.items()},
             "random": random_state(),
             "random_at_begin": self._random_at_begin,
             "random_at_first": self._random_at_first,
-            "variables": described(self._variables),
+            "variables": described(self.variables),
             "vocabularies": {name: checksum(names) for name, names in self._vocabularies.items()},
-            "knowledge": knowledge_of(self._model, arrays),
+            "knowledge": knowledge_of(self.model, arrays),
             "callbacks": self._others.to_json(arrays),
         }
         self._saved = place
@@ -411,18 +350,14 @@ class Run:
     def _warn(self, error: Exception | None) -> None:
         if error is not None and processes.is_first():
             warnings.warn(
-                f"A checkpoint must be written as a whole. Received: {type(error).__name__}: {error}. Training "
-                f"continues without it. {self._last_good()} Free space in {self._store.directory}.",
+                f"A checkpoint must be written as a whole. Received: {type(error).__name__}: {str(error)[:300]}. "
+                f"Training continues without it. {self._last_good()} Free space in {self._store.directory}.",
                 stacklevel=2,
             )
 
     def _last_good(self) -> str:
         last = self._store.last
-        return (
-            "there is no checkpoint yet."
-            if last is None
-            else f"the last good checkpoint is {self._store.path_of(last)}."
-        )
+        return f"{self._store.path_of(last)} is the last good checkpoint." if last else "There is no good checkpoint."
 
     def _stop_signal(self, is_epoch_end: bool) -> int:
         """Returns the number of the signal that stops the training, the same in all processes, or 0.
@@ -462,25 +397,5 @@ class Run:
         where = f"{loss.name}={float(loss.value)} in epoch {loss.epoch + 1}"
         if loss.step is not None:
             where += f", after batch {loss.step}"
-        variables = [each for each in self._model.trainable_variables if each.value.is_fully_addressable]
+        variables = [each for each in self.model.trainable_variables if each.value.is_fully_addressable]
         raise ValueError(f"{not_finite(variables, where)} {self._last_good()}")
-
-
-def _check_can_resume(fit: CallingFit) -> None:
-    """Raises `ValueError` if Keras would go on reading finite data in the next epoch: it does not from a checkpoint."""
-    steps, batches = fit.steps_per_epoch, fit.num_batches
-    if steps is not None and batches is not None and batches > steps:
-        raise ValueError(
-            "With checkpoints, an epoch must read all of its data. Received: "
-            f"steps_per_epoch={steps} for data of {batches} batches. Leave `steps_per_epoch` out, or repeat the data "
-            "without end: `dataset.repeat()`."
-        )
-
-
-def checksum(names: list[Any]) -> str:
-    """Returns the SHA-256 of the names in a vocabulary."""
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-def _vocabulary_file(directory: pathlib.Path, digest: str) -> pathlib.Path:
-    return directory / f"vocabulary-{digest[:16]}.json"

@@ -59,8 +59,8 @@ def test_a_signal_saves_and_exits_with_a_status_of_its_own(number, status, batch
     name = "epoch-{}-batch-{}".format(*place)
     assert names_of(tmp_path) == [name]
     assert capsys.readouterr().out.splitlines() == [
-        f"{signal.Signals(number).name}: training has stopped. The same command continues. {tmp_path / name} is the last "
-        "good checkpoint."
+        f"{signal.Signals(number).name}: training has stopped. The same command continues. "
+        f"{tmp_path / name} is the last good checkpoint."
     ]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     np.testing.assert_equal(train(TrainingCheckpoint(tmp_path)), expected)
