@@ -24,6 +24,7 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import checkpoint_flags
 import jax
 import keras
 import keras_rs
@@ -83,6 +84,7 @@ OPTIMIZERS = {"adagrad": keras.optimizers.Adagrad, "adam": keras.optimizers.Adam
 METRICS = {"recall_at_10": "Recall@10", "ndcg_at_10": "NDCG@10", "mean_reciprocal_rank": "MRR"}
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(checkpoint_flags)
 
 
 def by_objective(name: str) -> str:
@@ -404,12 +406,13 @@ def main(argv: list[str]) -> None:
             epochs=FLAGS.epochs,
             validation_data=make_features(validation),
             validation_freq=validation_epochs,
-            callbacks=[evaluate_users],
+            callbacks=[evaluate_users, *checkpoint_flags.checkpoints()],
             shuffle=FLAGS.shuffle,
             verbose=1 if sys.stdout.isatty() else 2,
         ).history
-    except ValueError as error:
-        sys.exit(f"{error} The learning rate is --learning_rate={FLAGS.learning_rate}.")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        rate = f" The learning rate is --learning_rate={FLAGS.learning_rate}." if "finite" in str(error) else ""
+        sys.exit(f"{error}{rate}")
     seconds["training"] = time.perf_counter() - start
 
     start = time.perf_counter()

@@ -58,6 +58,7 @@ PUBLIC = [
     "RowSparseEmbedding",
     "ShardedEmbedding",
     "StreamingSamplingProbability",
+    "TrainingCheckpoint",
     "TwoTowerModel",
     "Vocabulary",
     "group_candidate_ids",

@@ -67,7 +67,7 @@ class Run:
         self._vocabularies = vocabularies_of(model)
         self.variables = saved_variables(model)
         self._store = Store(directory, keep)
-        self._losses = Losses()
+        self._step_losses = Losses()
         self._logs: dict[str, Any] = {}
         # In this epoch, and in those from which it reads on.
         self._epoch = 0
@@ -88,7 +88,7 @@ class Run:
         # The last checkpoint, which may still be being written.
         self._saved: Place | None = None
         self._is_released = False
-        self._lock: FolderLock | None = None
+        self._folder_lock: FolderLock | None = None
         self._signals = StopSignals(fit.is_running)
         self._steps = Steps(
             model.train_function,
@@ -113,7 +113,7 @@ class Run:
 
     def _open(self) -> None:
         """Takes the folder, and restores the newest checkpoint."""
-        self._lock, place = open_folder(self._store, self._vocabularies, self._is_active)
+        self._folder_lock, place = open_folder(self._store, self._vocabularies, self._is_active)
         if place is not None:
             self._load(place)
         self._schedule.begin(0 if self._info is None else self._info["num_steps"])
@@ -245,7 +245,7 @@ class Run:
         self._schedule.add_steps(num_batches)
         self._logs = logs if isinstance(logs, dict) else {}
         if "loss" in self._logs:
-            self._losses.add(Loss("loss", self._logs["loss"], self._epoch, self._steps.batches))
+            self._step_losses.add(Loss("loss", self._logs["loss"], self._epoch, self._steps.batches))
 
     def _resume(self, state: Any) -> Any:
         """Returns the state after the batches that have been skipped."""
@@ -300,8 +300,8 @@ class Run:
         self._fit.callbacks.callbacks, self._silenced = self._silenced or self._fit.callbacks.callbacks, []
         self._restored, self._arrays = [], []
         self._warn(self._store.close())
-        if self._lock is not None:
-            self._lock.release()
+        if self._folder_lock is not None:
+            self._folder_lock.release()
 
     # Writing and stopping.
 
@@ -387,7 +387,7 @@ class Run:
         raise SystemExit(128 + number)
 
     def _check_losses(self, state: Any, waits: bool) -> None:
-        loss = self._losses.not_finite(waits)
+        loss = self._step_losses.not_finite(waits)
         if loss is not None:
             self._put(state)
             self._raise_not_finite(loss)
