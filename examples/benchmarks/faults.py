@@ -2,8 +2,8 @@
 
     python examples/benchmarks/faults.py
 
-Each training is a program of its own: this one, with `--train`. It has row-sparse towers, a streaming estimate, a memory
-and shuffled data, and prints a checksum of its weights, its optimizer and its history at the end. An undisturbed
+Each training is a program of its own: this one, with `--train`. It has row-sparse towers, a streaming estimate, a
+memory and shuffled data, and prints a checksum of its weights, its optimizer and its history at the end. An undisturbed
 training shows which checksum is right. The full disk is a file system of 8 MB in memory if this program may mount one,
 and otherwise a limit on the size of files.
 """
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 from timing import Table, print_setting
 
 FLAGS = flags.FLAGS
@@ -42,6 +42,7 @@ READY = "The first step is done."
 
 def train():
     """Trains, and prints a checksum."""
+    logging.set_verbosity(logging.FATAL)
     import resource
 
     import keras
@@ -130,11 +131,11 @@ def small_disk(directory):
     if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
         try:
             # Each checkpoint takes 5 MB. The first one is complete before the second one begins.
-            yield {"every_steps": 10**6}, "a file system of 8 MB"
+            yield {"every_steps": 200}, "a file system of 8 MB"
         finally:
             subprocess.run(["umount", str(directory)], check=True)
     else:
-        yield {"every_steps": 10**6, "max_file_bytes": 100_000}, "files of at most 100 kB after epoch 1"
+        yield {"every_steps": 200, "max_file_bytes": 100_000}, "files of at most 100 kB after epoch 1"
 
 
 def main(_):
@@ -190,8 +191,7 @@ def main(_):
             _, checksum, output = Program(directory, **values, epochs=3).end()
             kept = sorted(path.name for path in directory.glob("epoch-*"))
             is_warned = "A checkpoint must be written as a whole" in output
-            again, resumed, _ = Program(directory, **values, epochs=1).end()
-            held = checksum == expected and is_warned and not is_writing(directory)
+            held = checksum == expected and is_warned and bool(kept) and not is_writing(directory)
             report(f"full disk: {limit}", held, f"training is complete, a warning, {kept} remain")
 
         directory = folder / "truncated"

@@ -13,6 +13,7 @@ import pytest
 from trainings import WriteAtOnce, names_of
 
 from keras_rs_contrib import TrainingCheckpoint
+from keras_rs_contrib.checkpoints import processes, run
 
 X, Y = np.arange(24.0).reshape(8, 3), np.arange(8.0)
 
@@ -63,6 +64,19 @@ def test_a_signal_saves_and_exits_with_a_status_of_its_own(number, status, batch
         f"{tmp_path / name} is the last good checkpoint."
     ]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    np.testing.assert_equal(train(TrainingCheckpoint(tmp_path)), expected)
+
+
+def test_a_notice_of_preemption_acts_like_sigterm(tmp_path, monkeypatch):
+    expected = train()
+    first = next(run._STEP_NUMBERS)
+    # JAX names the step at which all processes stop.
+    monkeypatch.setattr(processes, "is_preempted", lambda step: step >= first + 6)
+    with pytest.raises(SystemExit) as raised:
+        train(TrainingCheckpoint(tmp_path))
+    monkeypatch.undo()
+    assert raised.value.code == 143
+    assert names_of(tmp_path) == ["epoch-1-batch-0", "epoch-1-batch-2"]
     np.testing.assert_equal(train(TrainingCheckpoint(tmp_path)), expected)
 
 
