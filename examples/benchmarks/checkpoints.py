@@ -32,7 +32,7 @@ from keras_rs_contrib import RowSparseEmbedding, TrainingCheckpoint, TwoTowerMod
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "Time only small tables.")
 flags.DEFINE_list("rows", ["100000", "1000000"], "Numbers of rows to time, for each of the two tables.")
-flags.DEFINE_list("batch_sizes", ["1000", "16384"], "Batch sizes to time.")
+flags.DEFINE_list("batch_sizes", ["1000", "4096"], "Batch sizes to time.")
 flags.DEFINE_integer("dimension", 32, "Embedding dimension.", lower_bound=1)
 flags.DEFINE_integer("every_steps", 100, "Steps between checkpoints.", lower_bound=1)
 flags.DEFINE_integer("steps", 500, "Steps of a timed call of `fit`.", lower_bound=1)

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
-# In this process: how to end each lock, and whether the training that holds it is running.
+# In this process: whether the training that holds a lock is running, and how to end it.
 _HELD: dict[pathlib.Path, tuple[Callable[[], bool], Callable[[], None]]] = {}
 
 
@@ -19,13 +19,14 @@ class FolderLock:
     Args:
         directory: an existing folder.
         is_running: whether the training that takes the lock is running. It may end without releasing the lock.
+        give_up: ends such a training for good, before another one in this process takes the lock.
 
     Raises:
         BlockingIOError: if another training holds the lock.
         OSError: if the folder is not writable.
     """
 
-    def __init__(self, directory: pathlib.Path, is_running: Callable[[], bool]) -> None:
+    def __init__(self, directory: pathlib.Path, is_running: Callable[[], bool], give_up: Callable[[], None]) -> None:
         self._lock_file = directory.resolve() / "lock"
         if self._lock_file in _HELD and not _HELD[self._lock_file][0]():
             _HELD[self._lock_file][1]()
@@ -37,7 +38,7 @@ class FolderLock:
             raise
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"{os.getpid()}\n".encode())
-        _HELD[self._lock_file] = (is_running, self.release)
+        _HELD[self._lock_file] = (is_running, give_up)
 
     def release(self) -> None:
         """Lets other trainings use the folder."""

@@ -30,7 +30,7 @@ def check_can_resume(fit: CallingFit) -> None:
 
 
 def open_folder(
-    store: Store, vocabularies: dict[str, list[Any]], is_active: Callable[[], bool]
+    store: Store, vocabularies: dict[str, list[Any]], is_active: Callable[[], bool], release: Callable[[], None]
 ) -> tuple[FolderLock | None, Place | None]:
     """Takes the folder of a training. Returns its lock, in the first process, and its newest checkpoint, if any.
 
@@ -38,6 +38,7 @@ def open_folder(
         store: the checkpoints in the folder.
         vocabularies: the names in each vocabulary, by feature, which are written to the folder.
         is_active: whether the training that takes the folder is running.
+        release: ends a training that has failed, and is not told.
 
     Raises:
         OSError: if no file can be written in the folder.
@@ -48,7 +49,7 @@ def open_folder(
     if processes.is_first():
         try:
             store.directory.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(store.directory, is_active)
+            lock = FolderLock(store.directory, is_active, release)
             store.remove_incomplete()
             place, faults = store.newest()
             _write_vocabularies(store.directory, vocabularies)

@@ -64,4 +64,4 @@ def is_preempted(step: int) -> bool:
 
 def has_preemption_service() -> bool:
     """Returns whether JAX handles SIGTERM itself, as a notice of preemption for all processes."""
-    return bool(jax.distributed.is_initialized()) and bool(jax.config.jax_enable_preemption_service)
+    return bool(jax.distributed.is_initialized()) and bool(getattr(jax.config, "jax_enable_preemption_service", False))

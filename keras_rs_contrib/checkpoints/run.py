@@ -10,6 +10,7 @@ import warnings
 from typing import Any, NoReturn
 
 import keras
+import numpy as np
 
 from keras_rs_contrib import _keras
 from keras_rs_contrib.checkpoints import processes
@@ -113,7 +114,7 @@ class Run:
 
     def _open(self) -> None:
         """Takes the folder, and restores the newest checkpoint."""
-        self._folder_lock, place = open_folder(self._store, self._vocabularies, self._is_active)
+        self._folder_lock, place = open_folder(self._store, self._vocabularies, self._is_active, self.release)
         if place is not None:
             self._load(place)
         self._schedule.begin(0 if self._info is None else self._info["num_steps"])
@@ -335,7 +336,7 @@ class Run:
             "num_steps": self._schedule.num_steps,
             "epochs": self._epochs,
             "is_stopped": bool(self.model.stop_training),
-            "logs": {name: float(value) for name, value in self._logs.items()},
+            "logs": {name: float(value) for name, value in self._logs.items() if np.ndim(value) == 0},
             "random": random_state(),
             "random_at_begin": self._random_at_begin,
             "random_at_first": self._random_at_first,
