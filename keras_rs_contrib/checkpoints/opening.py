@@ -11,7 +11,8 @@ from typing import Any
 
 import keras
 
-from keras_rs_contrib.checkpoints import processes
+from keras_rs_contrib import processes
+from keras_rs_contrib.checkpoints import agreement
 from keras_rs_contrib.checkpoints.calling_fit import CallingFit
 from keras_rs_contrib.checkpoints.lock import FolderLock
 from keras_rs_contrib.checkpoints.model_state import described, difference, first_difference
@@ -56,7 +57,7 @@ def open_folder(
             outcome = {"place": place, "faults": faults}
         except OSError as error:
             outcome = {"error": str(error), "is_locked": isinstance(error, BlockingIOError)}
-    outcome = processes.of_first(outcome)
+    outcome = agreement.of_first(outcome)
     if "error" in outcome:
         if lock is not None:
             lock.release()
@@ -72,7 +73,7 @@ def open_folder(
         )
     for fault in outcome["faults"]:
         used = "The one before it is used." if outcome["place"] else "No other is left, and training begins again."
-        processes.say(f"A checkpoint is damaged: {fault}. {used}")
+        agreement.say(f"A checkpoint is damaged: {fault}. {used}")
     return lock, None if outcome["place"] is None else Place(*outcome["place"])
 
 

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import keras
 import numpy as np
 
-from keras_rs_contrib import _keras
-from keras_rs_contrib.checkpoints import processes
+from keras_rs_contrib import _keras, processes
+from keras_rs_contrib.checkpoints import agreement
 from keras_rs_contrib.checkpoints.callback_states import CallbackStates
 from keras_rs_contrib.checkpoints.calling_fit import CallingFit
 from keras_rs_contrib.checkpoints.lock import FolderLock
@@ -35,6 +35,8 @@ from keras_rs_contrib.checkpoints.steps import TOO_FEW, Steps
 from keras_rs_contrib.checkpoints.store import Place, Store
 from keras_rs_contrib.model.finite_loss import not_finite
 
+# The states of random generators in a checkpoint, those of all processes.
+RANDOM = ("random", "random_at_begin", "random_at_first")
 # Of all trainings in this process: JAX needs numbers that grow.
 _STEP_NUMBERS = itertools.count(1)
 
@@ -60,6 +62,7 @@ class Run:
         schedule: Schedule,
         keep: int,
     ) -> None:
+        agreement.check_distribution()
         check_can_resume(fit)
         self.model = model
         self._fit = fit
@@ -124,12 +127,14 @@ class Run:
         path = self._store.path_of(place)
         info, self._arrays = self._store.info(place)
         check_same_model(info, path, self.variables, self._vocabularies)
+        for name in RANDOM:
+            info[name] = agreement.own_or_first(info[name])
         like = [variable.value for variable in self.variables]
         self._restored = self._store.restore(place, like)
         self._store.last = self._saved = place
         self._info = info
         if place.epoch >= self._epochs or (info["is_stopped"] and self._epochs <= info["epochs"]):
-            processes.say(
+            agreement.say(
                 f"The training of {self._epochs} epochs in {self._store.directory} is complete: nothing is left to "
                 "train. Pass more `epochs` to continue, or another `directory` to begin again."
             )
@@ -137,7 +142,7 @@ class Run:
             _keras.start_at_epoch(self.model, max(place.epoch, self._epochs))
         else:
             step = f", after batch {place.batches}" if place.batches else ""
-            processes.say(f"Training resumes from {path}, in epoch {place.epoch + 1}{step}.")
+            agreement.say(f"Training resumes from {path}, in epoch {place.epoch + 1}{step}.")
             _keras.start_at_epoch(self.model, place.epoch)
         self._set_variables(self._restored)
 
@@ -233,7 +238,7 @@ class Run:
             # The checkpoint of this place belongs to the end of the last epoch.
             return state
         number = self._stop_signal(is_epoch_end=False)
-        is_free = processes.are_several() or not self._store.is_busy
+        is_free = processes.num_processes() > 1 or not self._store.is_busy
         if number or (self._schedule.is_due and is_free):
             self._check_losses(state, waits=True)
             self._save(Place(self._epoch, self._steps.batches), self._values_of(state))
@@ -328,6 +333,8 @@ class Run:
             return
         assert self._others is not None
         arrays: list[Array] = []
+        own = (random_state(), self._random_at_begin, self._random_at_first)
+        states = map(list, zip(*processes.gather(own), strict=True))
         info = {
             "epoch": place.epoch,
             "batches": place.batches,
@@ -337,9 +344,7 @@ class Run:
             "epochs": self._epochs,
             "is_stopped": bool(self.model.stop_training),
             "logs": {name: float(value) for name, value in self._logs.items() if np.ndim(value) == 0},
-            "random": random_state(),
-            "random_at_begin": self._random_at_begin,
-            "random_at_first": self._random_at_first,
+            **dict(zip(RANDOM, states, strict=True)),
             "variables": described(self.variables),
             "vocabularies": {name: checksum(names) for name, names in self._vocabularies.items()},
             "knowledge": knowledge_of(self.model, arrays),
@@ -368,23 +373,23 @@ class Run:
         """
         number, is_over = self._signals.received or 0, self._schedule.is_over
         step = next(_STEP_NUMBERS)
-        if processes.are_several():
-            if not is_epoch_end and step % processes.STEPS_BETWEEN_EXCHANGES:
+        if processes.num_processes() > 1:
+            if not is_epoch_end and step % agreement.STEPS_BETWEEN_EXCHANGES:
                 number, is_over = 0, False
             else:
-                number = processes.largest(number)
-                is_over = bool(processes.of_first(is_over))
+                number = agreement.largest(number)
+                is_over = bool(agreement.of_first(is_over))
         self._schedule.note_time(is_over)
-        return signal.SIGTERM if not number and processes.is_preempted(step) else number
+        return signal.SIGTERM if not number and agreement.is_preempted(step) else number
 
     def _exit(self, number: int) -> NoReturn:
         place = self._saved
         self.release()
         name = signal.Signals(number).name
         if place == self._store.last:
-            processes.say(f"{name}: training has stopped. The same command continues. {self._last_good()}")
+            agreement.say(f"{name}: training has stopped. The same command continues. {self._last_good()}")
         else:
-            processes.say(f"{name}: training has stopped, and its checkpoint could not be written. {self._last_good()}")
+            agreement.say(f"{name}: training has stopped, and its checkpoint could not be written. {self._last_good()}")
         raise SystemExit(128 + number)
 
     def _check_losses(self, state: Any, waits: bool) -> None:
@@ -398,5 +403,4 @@ class Run:
         where = f"{loss.name}={float(loss.value)} in epoch {loss.epoch + 1}"
         if loss.step is not None:
             where += f", after batch {loss.step}"
-        variables = [each for each in self.model.trainable_variables if each.value.is_fully_addressable]
-        raise ValueError(f"{not_finite(variables, where)} {self._last_good()}")
+        raise ValueError(f"{not_finite(self.model.trainable_variables, where)} {self._last_good()}")

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from keras_rs_contrib.checkpoints import processes
+from keras_rs_contrib.checkpoints import agreement
 
 
 class StopSignals:
@@ -37,7 +37,7 @@ class StopSignals:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             # JAX notices SIGTERM itself, and lets the processes agree on the step.
-            if number == signal.SIGTERM and processes.has_preemption_service():
+            if number == signal.SIGTERM and agreement.has_preemption_service():
                 continue
             # A handler that Python has not installed could not be restored, and an ignored signal remains ignored.
             if signal.getsignal(number) not in (None, signal.SIG_IGN):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from keras_rs_contrib.checkpoints import processes
+from keras_rs_contrib import processes
+from keras_rs_contrib.checkpoints import agreement
 from keras_rs_contrib.checkpoints.plain_values import Array
 
 BLOCK_BYTES = 1 << 24
@@ -59,6 +60,8 @@ class Store:
         self._args = checkpoint.args
         self._restore_args = checkpoint.ArrayRestoreArgs
         self._checkpointer = checkpoint.AsyncCheckpointer(handler)
+        # A thread of its own does not know the distribution in force.
+        self._is_first = processes.is_first()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._pending_place: Place | None = None
@@ -141,18 +144,19 @@ class Store:
         error = self.wait()
         path = self.directory / f"writing-{place.name}"
         failed = False
-        if processes.is_first():
+        if self._is_first:
             try:
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir()
             except OSError as cause:
                 error, failed = cause, True
         # The processes wait for one another in Orbax.
-        if processes.largest(failed):
+        if agreement.largest(failed):
             return error or OSError(f"The first process could not create {path}.")
         try:
             # Orbax reads the arrays before it returns. On a CPU it reads them in place: JAX does not let a step reuse
             # memory that NumPy sees, and the next step copies what it changes.
+            processes.wait_for_programs()
             tree = {str(number): value for number, value in enumerate(values) if value.size}
             self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
         except Exception as cause:
@@ -188,7 +192,7 @@ class Store:
         path = self.directory / f"writing-{place.name}"
         try:
             self._checkpointer.wait_until_finished()
-            if not processes.is_first():
+            if not self._is_first:
                 return
             info = {
                 **info,
@@ -203,7 +207,7 @@ class Store:
             (path / "checksums.json").write_text(json.dumps(_checksums(path)))
             path.rename(self.path_of(place))
         except BaseException:
-            if processes.is_first():
+            if self._is_first:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         for old in self.places()[: -self.keep]:

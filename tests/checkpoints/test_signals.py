@@ -13,7 +13,7 @@ import pytest
 from trainings import WriteAtOnce, names_of
 
 from keras_rs_contrib import TrainingCheckpoint
-from keras_rs_contrib.checkpoints import processes, run
+from keras_rs_contrib.checkpoints import agreement, run
 
 X, Y = np.arange(24.0).reshape(8, 3), np.arange(8.0)
 
@@ -71,7 +71,7 @@ def test_a_notice_of_preemption_acts_like_sigterm(tmp_path, monkeypatch):
     expected = train()
     first = next(run._STEP_NUMBERS)
     # JAX names the step at which all processes stop.
-    monkeypatch.setattr(processes, "is_preempted", lambda step: step >= first + 6)
+    monkeypatch.setattr(agreement, "is_preempted", lambda step: step >= first + 6)
     with pytest.raises(SystemExit) as raised:
         train(TrainingCheckpoint(tmp_path))
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import signal
 import sys
 import traceback
 
@@ -20,6 +21,7 @@ from keras_rs_contrib import (
     MixedNegatives,
     RowSparseEmbedding,
     StreamingSamplingProbability,
+    TrainingCheckpoint,
     TwoTowerModel,
     load_model,
     shard_candidates,
@@ -154,6 +156,25 @@ def own_for_each(folder, process=None):
     return model, data, result
 
 
+class Die(keras.callbacks.Callback):
+    """Ends the last process as a signal that cannot be caught does, in the middle of an epoch."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.model.optimizer.built and batch == 2 and self.epoch == 1 and jax.process_index():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+
+def with_checkpoints(folder, dies):
+    """Trains with checkpoints in each step, on shuffled data."""
+    data, model = make_data(), split_model()
+    callbacks = [TrainingCheckpoint(folder / "checkpoints", every_steps=1), *([Die()] if dies else [])]
+    history = model.fit(data, batch_size=BATCH_SIZE, epochs=3, callbacks=callbacks, verbose=0).history
+    return {"history": history, "weights": model.get_weights()}
+
+
 def errors_of(calls):
     found = {}
     for name, call in calls.items():
@@ -188,7 +209,9 @@ def main(folder):
     process, num_processes = jax.process_index(), jax.process_count()
     own = sys.argv[3] == "own"
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=not own))
-    if own:
+    if sys.argv[3] in ("dies", "resumes"):
+        result = with_checkpoints(folder, sys.argv[3] == "dies")
+    elif own:
         _, _, result = own_for_each(folder, process)
     else:
         # Another state of the generators by which Keras shuffles.

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,8 @@ def launch(num_processes, num_devices, folder, kind):
     found = subprocess.run(
         [*launcher, *program], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
+    if kind == "dies":
+        return found.returncode, found.stdout + found.stderr
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
     return [pickle.loads((folder / f"{i}.pickle").read_bytes()) for i in range(num_processes)], found.stdout
 
@@ -101,3 +104,23 @@ def test_four_processes_with_their_own_data_equal_one_process(tmp_path):
             np.testing.assert_allclose(ours, theirs[rows], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(found["known"], expected["known"], strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_processes_resume_after_one_of_them_was_killed(tmp_path):
+    keras.distribution.set_distribution(data_parallel(4))
+    expected = scenarios.with_checkpoints(tmp_path / "undisturbed", dies=False)
+
+    status, output = launch(2, 2, tmp_path, "dies")
+    assert status == 128 + signal.SIGKILL
+    assert f"Process 1 has failed (signal {signal.SIGKILL.value}). Stopping the others." in output
+    complete = {path.name for path in (tmp_path / "checkpoints").glob("epoch-*")}
+    assert complete
+    results, output = launch(2, 2, tmp_path, "resumes")
+
+    assert "[0] Training resumes from" in output
+    assert "[1] Training resumes" not in output
+    for found in results:
+        np.testing.assert_allclose(found["history"]["loss"], expected["history"]["loss"], rtol=1e-5)
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
+
+from keras_rs_contrib import processes
 
 # Steps between two exchanges of what a process may know alone: a signal, or the time. Each one waits for the devices.
 STEPS_BETWEEN_EXCHANGES = 16
 
 
-def is_first() -> bool:
-    """Returns whether this process writes files and prints."""
-    return bool(jax.process_index() == 0)
-
-
-def are_several() -> bool:
-    """Returns whether the training has more than one process."""
-    return bool(jax.process_count() > 1)
+def check_distribution() -> None:
+    """Raises `ValueError` if this process is one of several, and the distribution in force has not all of them."""
+    if jax.process_count() > 1 and processes.num_processes() == 1:
+        raise ValueError(
+            "Checkpoints are written by all processes together. Received: "
+            f"{jax.process_count()} processes, and a model that is in one of them. Set a distribution over the devices "
+            "of all processes, such as `keras.distribution.DataParallel()`."
+        )
 
 
 def say(message: str) -> None:
     """Prints a line, in one process."""
-    if is_first():
+    if processes.is_first():
         print(message, flush=True)
 
 
 def of_first(value: Any) -> Any:
-    """Returns what the first process passes, in all processes, which must all call it.
-
-    Args:
-        value: anything that JSON can hold. Ignored in other processes.
-    """
-    if not are_several():
-        return value
-    content = np.frombuffer(json.dumps(value).encode(), "uint8") if is_first() else np.empty(0, "uint8")
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    padded = np.zeros(length, "uint8")
-    padded[: len(content)] = content[:length]
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    """Returns what the first process passes, in all processes, which must all call it."""
+    return processes.gather(value)[0]
 
 
 def largest(value: int) -> int:
     """Returns the largest of the values that the processes pass, which must all call it."""
-    return int(np.max(multihost_utils.process_allgather(np.int32(value)))) if are_several() else value
+    return max(processes.gather(value))  # type: ignore[no-any-return]
+
+
+def own_or_first(values: list[Any]) -> Any:
+    """Returns the value of this process in a list of those of all processes, or the first if there were fewer or more.
+
+    Args:
+        values: one for each process that has written them.
+    """
+    return values[jax.process_index()] if len(values) == processes.num_processes() > 1 else values[0]
 
 
 def is_preempted(step: int) -> bool:
