@@ -13,9 +13,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
-# Seconds from the request to stop until a process is killed.
-GRACE_SECONDS = 15
+# Seconds from the request to stop until a process is killed: if another one has failed, and if a user or a service
+# asks, for a checkpoint.
+AFTER_FAILURE, AFTER_SIGNAL = 15, 60
+
+
+class Stopped(Exception):
+    """A signal asks to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def raise_stopped(number: int, frame: object) -> None:
+    """Handles a signal."""
+    raise Stopped(number)
 
 
 def free_port() -> int:
@@ -33,17 +48,27 @@ def print_output(process: subprocess.Popen, number: int, lock: threading.Lock) -
             sys.stdout.flush()
 
 
-def stop(processes: list[subprocess.Popen]) -> None:
-    """Asks processes to stop, and kills those that do not."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def stop(processes: list[subprocess.Popen], number: int, seconds: float) -> None:
+    """Sends a signal to the processes that are running, and kills those that do not end.
+
+    Args:
+        processes: the processes.
+        number: the signal.
+        seconds: how long to wait for all of them.
+    """
+    running = [process for process in processes if process.poll() is None]
+    try:
+        for process in running:
+            process.send_signal(number)
+        end = time.monotonic() + seconds
+        for process in running:
+            process.wait(max(0.0, end - time.monotonic()))
+    except (subprocess.TimeoutExpired, Stopped):
+        # Too late, or a second signal.
+        pass
+    for process in running:
+        process.kill()
+        process.wait()
 
 
 def main() -> int:
@@ -59,8 +84,8 @@ def main() -> int:
         parser.error(f"--num_processes={options.num_processes}: at least one process is needed")
     if not os.path.isfile(options.program):
         parser.error(f"{options.program}: there is no such file")
-    # A service that stops this program stops the processes too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, raise_stopped)
     environment = {
         **os.environ,
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{free_port()}",
@@ -77,18 +102,20 @@ def main() -> int:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                # A signal from the terminal reaches this program alone, which passes it on once.
+                start_new_session=True,
             )
             processes.append(process)
             threads.append(threading.Thread(target=print_output, args=(process, number, lock)))
             threads[-1].start()
-        return wait(processes)
-    except KeyboardInterrupt:
-        # The processes have received it too.
-        return 128 + signal.SIGINT
-    finally:
-        stop(processes)
-        for thread in threads:
-            thread.join()
+        status = wait(processes)
+        stop(processes, signal.SIGTERM, AFTER_FAILURE)
+    except Stopped as stopped:
+        stop(processes, stopped.number, AFTER_SIGNAL)
+        status = 128 + stopped.number
+    for thread in threads:
+        thread.join()
+    return status
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
