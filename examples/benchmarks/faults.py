@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from absl import app, flags, logging
@@ -43,6 +44,8 @@ READY = "The first step is done."
 def train():
     """Trains, and prints a checksum."""
     logging.set_verbosity(logging.FATAL)
+    # A shell may have started this program in the background, where it ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import resource
 
     import keras
@@ -53,12 +56,15 @@ def train():
     class Report(keras.callbacks.Callback):
         """Reports the first step, and limits the size of files after the first epoch."""
 
-        is_ready = False
+        def __init__(self):
+            super().__init__()
+            # Not a plain value, which a checkpoint would restore.
+            self.is_ready = threading.Event()
 
         def on_train_batch_end(self, batch, logs=None):
-            if not self.is_ready:
+            if not self.is_ready.is_set():
                 print(READY, flush=True)
-            self.is_ready = True
+            self.is_ready.set()
 
         def on_epoch_end(self, epoch, logs=None):
             if FLAGS.max_file_bytes:
@@ -207,10 +213,13 @@ def main(_):
         held = checksum == expected and "is damaged" in output and "The one before it is used" in output
         report("truncated newest checkpoint", held, "said; the one before gives the same checksum")
 
-        before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        def contents():
+            files = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+            return {path: path.read_bytes() for path in files}
+
+        before = contents()
         returned, _, output = Program(directory, dimension=8).end()
-        after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-        held = returned == 1 and "(20160, 16)" in output and "(20160, 8)" in output and before == after
+        held = returned == 1 and "(20160, 16)" in output and "(20160, 8)" in output and before == contents()
         report("another model", held, "both shapes are named, no file has changed")
 
         directory = folder / "shared"
