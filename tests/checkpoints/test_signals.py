@@ -15,6 +15,15 @@ from trainings import WriteAtOnce, names_of
 from keras_rs_contrib import TrainingCheckpoint
 from keras_rs_contrib.checkpoints import agreement, run
 
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Handles SIGINT as in a terminal. A shell may have started the tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 X, Y = np.arange(24.0).reshape(8, 3), np.arange(8.0)
 
 
