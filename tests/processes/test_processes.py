@@ -27,13 +27,20 @@ def launch(num_processes, num_devices, folder, kind):
     launcher = [sys.executable, str(ROOT / "examples/launch.py"), f"--num_processes={num_processes}"]
     program = [str(ROOT / "tests/processes/scenarios.py"), str(folder), str(num_devices), kind]
     environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    found = subprocess.run(
-        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    process = subprocess.Popen(
+        [*launcher, *program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # It stops the processes that it has started.
+        process.terminate()
+        output, _ = process.communicate()
+        pytest.fail(f"Not ready after {TIMEOUT} seconds: {output[-5000:]}")
     if kind == "dies":
-        return found.returncode, found.stdout + found.stderr
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
-    return [pickle.loads((folder / f"{i}.pickle").read_bytes()) for i in range(num_processes)], found.stdout
+        return process.returncode, output
+    assert process.returncode == 0, output[-5000:]
+    return [pickle.loads((folder / f"{i}.pickle").read_bytes()) for i in range(num_processes)], output
 
 
 def assert_equal(found, expected):
