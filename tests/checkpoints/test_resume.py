@@ -92,7 +92,7 @@ TRAININGS = {
     "generator": (plain_model, lambda: {"x": generator(), "steps_per_epoch": 6}),
     "two towers": (
         two_towers,
-        lambda: {"x": PAIRS, "batch_size": BATCH, "seen": "training", "validation_data": PAIRS},
+        lambda: {"x": PAIRS, "batch_size": BATCH, "seen": "training"},
     ),
     "two towers, tf.data": (two_towers, lambda: {"x": dataset(PAIRS).batch(BATCH)}),
     "two towers, repeated": (two_towers, lambda: {"x": dataset(PAIRS).repeat().batch(5), "steps_per_epoch": 6}),

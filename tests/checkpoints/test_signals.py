@@ -58,8 +58,15 @@ class Send(keras.callbacks.Callback):
             signal.raise_signal(number)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize(("batch", "place"), [(0, (1, 1)), (1, (1, 1)), (3, (1, 3)), (None, (2, 0))], ids=str)
+@pytest.mark.parametrize(
+    ("number", "status", "batch", "place"),
+    [
+        (signal.SIGTERM, 143, 0, (1, 1)),
+        (signal.SIGTERM, 143, None, (2, 0)),
+        (signal.SIGINT, 130, 3, (1, 3)),
+    ],
+    ids=str,
+)
 def test_a_signal_saves_and_exits_with_a_status_of_its_own(number, status, batch, place, tmp_path, capsys):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     expected = train()
