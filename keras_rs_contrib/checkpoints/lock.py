@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pathlib
 from collections.abc import Callable
@@ -27,6 +26,9 @@ class FolderLock:
     """
 
     def __init__(self, directory: pathlib.Path, is_running: Callable[[], bool], give_up: Callable[[], None]) -> None:
+        # Not on all systems, on which the rest of the package runs.
+        import fcntl
+
         self._lock_file = directory.resolve() / "lock"
         if self._lock_file in _HELD and not _HELD[self._lock_file][0]():
             _HELD[self._lock_file][1]()
