@@ -76,7 +76,8 @@ class Collect(keras.callbacks.Callback):  # type: ignore[misc]
         if kind is not None and processes.have_own_data():
             # Others may not get here.
             self.training_data.discard()
-        self.training_data.end()
+        else:
+            self.training_data.end()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Ends collecting if all data have been read."""

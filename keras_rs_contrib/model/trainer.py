@@ -212,8 +212,7 @@ class PaddedModel(RecoveringModel):
             )
         if self.check_inputs and stop.found is not None:
             raise ValueError(self._not_finite(*stop.found, x))
-        if processes.is_first() or processes.have_own_data():
-            self.model_inputs.vocabularies.skipped.warn()
+        self.model_inputs.vocabularies.skipped.warn()
         if validation_data is not None and self.ranks_in_evaluation:
             report_popularity(self, validation_data, validation_steps, history.history, verbose)
         return history
@@ -273,8 +272,7 @@ class PaddedModel(RecoveringModel):
         loss = logs.get("loss", 0.0) if isinstance(logs, dict) else logs[0] if isinstance(logs, list) else logs
         if self.check_inputs and not math.isfinite(loss):
             raise ValueError(self._not_finite("loss", loss, None, x))
-        if processes.is_first() or processes.have_own_data():
-            self.model_inputs.vocabularies.skipped.warn()
+        self.model_inputs.vocabularies.skipped.warn()
         return logs
 
     @alone

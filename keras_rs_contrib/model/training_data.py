@@ -121,8 +121,7 @@ class TrainingData:
     def end(self) -> None:
         """Ends collecting."""
         self.settle()
-        self.collects = False
-        self._longest, self._current = [], []
+        self.discard()
 
     def add_seen(self, query_ids: Any, candidate_ids: Any) -> None:
         """Adds what queries have seen.
@@ -236,8 +235,7 @@ class TrainingData:
         self._counts_before = self._ids, self._counts
         self._is_settled = True
         if not state["collects"]:
-            self.collects = False
-            self._longest, self._current = [], []
+            self.discard()
 
     def _longest_pass(self) -> list[Batch]:
         return max(self._longest, self._current, key=lambda batches: sum(batch.num_rows for batch in batches))

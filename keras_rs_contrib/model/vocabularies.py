@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_rs_contrib import processes
 from keras_rs_contrib.arguments import check_type
 from keras_rs_contrib.columns import as_dict, names_in, rank
 from keras_rs_contrib.model.feature_names import FeatureNames
@@ -49,7 +50,9 @@ class Skipped:
         self.counts.clear()
 
     def warn(self) -> None:
-        """Warns if rows were skipped."""
+        """Warns if rows were skipped: once, or in each process that has its own data."""
+        if not processes.is_first() and not processes.have_own_data():
+            return
         num_rows, num_skipped = (sum(column) for column in zip((0, 0), *self.counts.values(), strict=True))
         if num_skipped:
             warnings.warn(
