@@ -100,7 +100,7 @@ def padded_batches(
                 "Padded batches hold targets and weights. Received: `y` or `sample_weight` as well. "
                 "Pass them to `pad_batches`, as `(x, y, sample_weight)`."
             )
-        return PaddedBatches(x.adapter, x.multiple, prepare, x.has_weights_only)
+        return PaddedBatches(x.adapter, x.multiple, prepare, x.has_weights_only, x.is_shuffled)
     x, y, sample_weight = (_without_frames(each) for each in (x, y, sample_weight))
     arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
     if not arrays:
@@ -125,11 +125,10 @@ def padded_batches(
     except IndexError as error:
         # Keras before 3.15 looks for the first batch of a generator that has none.
         raise ValueError(_NO_BATCH) from error
-    batches = PaddedBatches(adapter, multiple, prepare, has_weights_only)
+    batches = PaddedBatches(adapter, multiple, prepare, has_weights_only, bool(shuffle))
     if are_arrays and shuffle:
         again = functools.partial(_undistributed_adapter, x=x, y=y, sample_weight=sample_weight, batch_size=batch_size)
         batches.unshuffled_adapter = again
-    batches.is_shuffled = bool(shuffle)
     return batches
 
 
@@ -162,6 +161,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         multiple: as in `pad_batches`.
         prepare: as in `padded_batches`.
         has_weights_only: whether `x` of the adapter is a pair of `x` and `sample_weight`.
+        is_shuffled: whether the order of the batches depends on the random generators of NumPy and Python.
 
     Attributes:
         sizes: the number of rows, before and after padding, of each batch read since the last start.
@@ -169,8 +169,6 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
     """
 
     is_exhausted = False
-    # Whether the order of the batches depends on the random generators of NumPy and Python.
-    is_shuffled = False
 
     def __init__(
         self,
@@ -178,11 +176,13 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
         multiple: int | None = None,
         prepare: Callable[[int, Any, Any, Any], tuple[Any, Any, Any]] | None = None,
         has_weights_only: bool = False,
+        is_shuffled: bool = False,
     ) -> None:
         self.adapter = adapter
         self.multiple = multiple
         self.prepare = prepare
         self.has_weights_only = has_weights_only
+        self.is_shuffled = is_shuffled
         self.sizes: list[tuple[int, int]] = []
         self._agreed_num_batches: tuple[int | None] | None = None
         # Raised while TensorFlow read the batches.
@@ -205,7 +205,7 @@ class PaddedBatches(_keras.DataAdapter):  # type: ignore[misc]
 
     def with_multiple(self, multiple: int | None) -> PaddedBatches:
         """Returns the same batches, padded to another multiple."""
-        return PaddedBatches(self.adapter, multiple, self.prepare, self.has_weights_only)
+        return PaddedBatches(self.adapter, multiple, self.prepare, self.has_weights_only, self.is_shuffled)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yields the batches of one epoch. One of several processes gets all rows that it has read."""

@@ -358,3 +358,9 @@ def test_a_generator_can_be_read_only_once():
     list(batches)
     with pytest.raises(ValueError, match="A generator can be read once"):
         list(batches)
+
+
+def test_batches_of_batches_know_that_they_are_shuffled():
+    shuffled = pad_batches({"id": np.arange(5)}, shuffle=True)
+    assert all(each.is_shuffled for each in (shuffled, padded_batches(shuffled), pad_batches(shuffled, multiple=4)))
+    assert not padded_batches(pad_batches({"id": np.arange(5)})).is_shuffled
