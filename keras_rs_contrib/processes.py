@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import pickle
 import random
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,14 +97,13 @@ def have_own_data() -> bool:
 
 
 def part_of_batch() -> Part:
-    """Returns which part of each batch belongs to this process.
+    """Returns which part of each batch belongs to this one of several processes.
 
     Raises:
         ValueError: if the devices of a process are not neighbors along the axis of the batch.
     """
     mesh = mesh_in_force()
-    if mesh is None or num_processes() == 1:
-        return Part(0, 1, 1 if mesh is None else int(mesh.shape[_batch_axis()]))
+    assert mesh is not None
     return _part_of_batch(mesh, _batch_axis())
 
 
@@ -207,14 +207,26 @@ def raise_first(error: Exception | None, described: list[tuple[str, str] | None]
             raise kind(f"Process {process} has failed: {each[0]}: {each[1]}")
 
 
-def check_same(what: str, fingerprint: Any) -> None:
+def own_slice(numbers: Sequence[int]) -> slice:
+    """Returns where the rows of this process are among those of all processes, one after the other.
+
+    Args:
+        numbers: the number of rows of each process.
+    """
+    stops = np.cumsum([0, *numbers])
+    return slice(int(stops[jax.process_index()]), int(stops[jax.process_index() + 1]))
+
+
+def check_same(what: str, data: Any) -> None:
     """Raises `ValueError` in all processes if they are about to process different data as if it were the same.
 
     Args:
         what: name of the data in the error message, in the plural.
-        fingerprint: a number that differs for different data.
+        data: any value that can be pickled, of which a checksum travels.
     """
-    found = gather(fingerprint)
+    if num_processes() == 1:
+        return
+    found = gather(zlib.crc32(pickle.dumps(data)))
     for process, each in enumerate(found):
         if each != found[0]:
             raise ValueError(different(what, process))
@@ -250,13 +262,13 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
 
 
 def wait_for_programs() -> None:
-    """Waits on CPUs until all programs that this process has started are done.
+    """Waits on CPUs until all programs that this one of several processes has started are done.
 
     Accelerators run them one after the other. CPUs run those that do not depend on each other at the same time, in
     another order in each process, so that one would receive what another program has sent.
     """
     mesh = mesh_in_force()
-    if mesh is not None and mesh.devices.flat[0].platform == "cpu":
+    if mesh is not None and num_processes() > 1 and mesh.devices.flat[0].platform == "cpu":
         for array in jax.live_arrays():
             # Those that a step has been given, and failed ones, which fail again when they are used.
             with contextlib.suppress(RuntimeError):
@@ -269,14 +281,14 @@ def own_rows(array: Any) -> np.ndarray[Any, Any]:
     Args:
         array: `[batch, ...]`, with a row for each row of a batch.
     """
-    part = part_of_batch()
     mesh = mesh_in_force()
-    if isinstance(array, jax.Array) and not array.is_fully_replicated and mesh is not None:
+    assert mesh is not None
+    if isinstance(array, jax.Array) and not array.is_fully_replicated:
         by_batch = NamedSharding(mesh, PartitionSpec(_batch_axis()))
         if array.sharding.is_equivalent_to(by_batch, array.ndim):
             shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
             return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-    return to_host(array)[part.rows(array.shape[0])]
+    return to_host(array)[part_of_batch().rows(array.shape[0])]
 
 
 def on_all_devices(array: np.ndarray[Any, Any]) -> Any:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import keras
 import numpy as np
 from keras import ops
@@ -20,6 +17,7 @@ from keras_rs_contrib.ids import NO_CANDIDATE, check_candidate_ids
 from keras_rs_contrib.index import sizes
 from keras_rs_contrib.index.inclusion import check_mask, check_only_one
 from keras_rs_contrib.metrics import RankMetric
+from keras_rs_contrib.model.inputs import ModelInputs
 from keras_rs_contrib.model.training_data import TrainingData
 
 # Queries that are embedded and searched at once.
@@ -75,9 +73,7 @@ class CheckedQueries(NamedTuple):
             ValueError: in all processes, if queries that must be the same are not.
         """
         if not processes.have_own_data():
-            if processes.num_processes() > 1:
-                given = (self.features, self.limits, self.query_ids, arrays)
-                processes.check_same("queries", zlib.crc32(pickle.dumps(given)))
+            processes.check_same("queries", (self.features, self.limits, self.query_ids, arrays))
             return self, list(arrays), slice(None)
         found = processes.gather((self.features, self.limits, self.number, self.query_ids, arrays))
         all_features, all_limits, numbers, all_query_ids, all_arrays = zip(*found, strict=True)
@@ -85,9 +81,8 @@ class CheckedQueries(NamedTuple):
         features = {name: np.concatenate([each[name] for each in all_features]) for name in self.features}
         query_ids = None if self.query_ids is None else np.concatenate(all_query_ids)
         queries = self._replace(features=features, limits=limits, number=sum(numbers), query_ids=query_ids)
-        start = sum(numbers[: jax.process_index()])
         joined = [_join_rows(list(each), numbers) for each in zip(*all_arrays, strict=True)]
-        return queries, joined, slice(start, start + self.number)
+        return queries, joined, processes.own_slice(numbers)
 
     def search(
         self,
@@ -128,25 +123,27 @@ class CheckedQueries(NamedTuple):
         return [np.concatenate(each) for each in zip(*results, strict=True)]
 
 
-def pairs_of_all_processes(features: Any, weights: Any) -> tuple[Any, Any, slice]:
-    """Returns the features and weights of the rows of all processes, and which rows are those of this one.
+def pairs_of_all_processes(inputs: ModelInputs, features: Any) -> tuple[ModelInputs, Any, Any, slice]:
+    """Returns how the pairs of all processes are checked, their features and weights, and which belong to this one.
 
-    If all processes have the same data, that is all of them.
+    If all processes have the same data, or there is only one, that is all of them.
 
     Args:
-        features: dict of arrays with a row for each pair.
-        weights: `[num_pairs]` float, or `None`.
+        inputs: how the pairs of this process are checked.
+        features: dict of values with a row for each pair.
     """
+    if processes.num_processes() == 1:
+        return inputs, features, None, slice(None)
+    with processes.failing_alike():
+        features, _, weights = inputs.to_arrays(features)
     if not processes.have_own_data():
-        if processes.num_processes() > 1:
-            processes.check_same("pairs", zlib.crc32(pickle.dumps((features, weights))))
-        return features, weights, slice(None)
-    number = batch_length(features)
-    found = processes.gather((features, np.ones(number, "float32") if weights is None else weights))
-    numbers = [len(each) for _, each in found]
-    start = sum(numbers[: jax.process_index()])
+        processes.check_same("pairs", (features, weights))
+        return inputs.of_rows, features, weights, slice(None)
+    found = processes.gather((features, np.ones(batch_length(features), "float32") if weights is None else weights))
     features = {name: np.concatenate([each[name] for each, _ in found]) for name in features}
-    return features, np.concatenate([each for _, each in found]), slice(start, start + number)
+    all_weights = [each for _, each in found]
+    own = processes.own_slice(list(map(len, all_weights)))
+    return inputs.of_rows, features, np.concatenate(all_weights), own
 
 
 def _join_rows(arrays: list[Any], numbers: tuple[int, ...]) -> Any:

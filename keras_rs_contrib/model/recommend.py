@@ -346,10 +346,7 @@ class RecommendingModel(PaddedModel):
         features = with_batch_axis(columns.as_dict(features), names.needed(False), self._ranks_of_features())
         vocabularies = dataclasses.replace(inputs.vocabularies, unknown_candidates="skip", skipped=Skipped())
         inputs = dataclasses.replace(inputs, names=names, vocabularies=vocabularies)
-        with processes.failing_alike():
-            features, _, weights = inputs.to_arrays(features)
-            inputs = inputs.of_rows
-        features, weights, own_rows = pairs_of_all_processes(features, weights)
+        inputs, features, weights, own_rows = pairs_of_all_processes(inputs, features)
         batches, parts = inputs.batches(features, sample_weight=weights, batch_size=QUERIES_AT_ONCE), []
         if isinstance(features, dict):
             # Pairs of any number share few programs.
@@ -371,6 +368,8 @@ class RecommendingModel(PaddedModel):
 
     def _build_alike(self, features: Any) -> None:
         """Builds the query tower in all of several processes."""
+        if processes.num_processes() == 1:
+            return
         names, ranks = self.model_inputs.names.of_query, self._ranks_of_features()
         self.model_inputs.build_alike(
             lambda: with_batch_axis(as_features(columns.as_dict(features), names), names, ranks), queries_only=True
