@@ -3,10 +3,11 @@
     python examples/benchmarks/checkpoints.py --quick
     python examples/benchmarks/checkpoints.py --directory=/path/on/the/disk/to/write/to
 
-The model has two row-sparse towers of one embedding each, with Adagrad, and runs in `fit`, in turns without and with
-`TrainingCheckpoint(every_steps=100)`. The time of a step is that of all steps divided by their number. It contains what
-training waits for, such as copies of the tables, and what writing in the background takes from it. The end of `fit`,
-which waits for the last checkpoint, is contained only in the processor time, which is that of the whole process.
+The model has two towers of one embedding each, row-sparse or dense, with Adagrad, and runs in `fit`, in turns without
+and with `TrainingCheckpoint(every_steps=100)`. The time of a step is that of all steps divided by their number. It
+contains what training waits for, such as copies of the tables, and what writing in the background takes from it. The
+end of `fit`, which waits for the last checkpoint, is contained only in the processor time, which is that of the whole
+process.
 A checkpoint that is due while the last one is being written waits for it, so that there may be fewer than one every 100
 steps.
 """
@@ -16,6 +17,7 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import itertools
 import pathlib
 import re
 import shutil
@@ -32,6 +34,12 @@ from keras_rs_contrib import RowSparseEmbedding, TrainingCheckpoint, TwoTowerMod
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "Time only small tables.")
+flags.DEFINE_list("towers", ["row_sparse"], "Towers to time: row_sparse, dense (`keras.layers.Embedding`).")
+flags.register_validator(
+    "towers",
+    lambda towers: set(towers) <= {"row_sparse", "dense"},
+    message="--towers takes row_sparse and dense, separated by commas.",
+)
 flags.DEFINE_list("rows", ["100000", "1000000"], "Numbers of rows to time, for each of the two tables.")
 flags.DEFINE_list("batch_sizes", ["1000", "4096"], "Batch sizes to time.")
 flags.DEFINE_integer("dimension", 32, "Embedding dimension.", lower_bound=1)
@@ -89,6 +97,13 @@ class Training:
         return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
 
 
+def embedding(tower, num_rows):
+    """Returns a tower of a table."""
+    if tower == "dense":
+        return keras.layers.Embedding(num_rows, FLAGS.dimension)
+    return RowSparseEmbedding(num_rows, FLAGS.dimension, optimizer=keras.optimizers.Adagrad(0.1))
+
+
 def main(_):
     """Times each size, and prints a table."""
     logging.set_verbosity(logging.ERROR)
@@ -98,35 +113,33 @@ def main(_):
     print(f"\nA checkpoint is due every {FLAGS.every_steps} of {FLAGS.steps} steps, {FLAGS.dimension} dimensions:\n")
     table = Table()
     with tempfile.TemporaryDirectory(dir=FLAGS.directory) as directory:
-        for num_rows in row_counts:
-            for batch_size in batch_sizes:
-                rng = np.random.default_rng(0)
-                x = {name: rng.integers(0, num_rows, FLAGS.steps * batch_size, "int32") for name in ("user", "movie")}
-                towers = [
-                    RowSparseEmbedding(num_rows, FLAGS.dimension, optimizer=keras.optimizers.Adagrad(0.1))
-                    for _ in range(2)
-                ]
-                model = TwoTowerModel(*towers, "user", "movie", corpus_metrics=[])
-                model.compile(keras.optimizers.Adagrad(0.1))
-                functions = {
-                    "without": Training(model, x, batch_size),
-                    "with": Training(model, x, batch_size, pathlib.Path(directory) / "checkpoints"),
+        for tower, num_rows, batch_size in itertools.product(FLAGS.towers, row_counts, batch_sizes):
+            rng = np.random.default_rng(0)
+            x = {name: rng.integers(0, num_rows, FLAGS.steps * batch_size, "int32") for name in ("user", "movie")}
+            model = TwoTowerModel(
+                embedding(tower, num_rows), embedding(tower, num_rows), "user", "movie", corpus_metrics=[]
+            )
+            model.compile(keras.optimizers.Adagrad(0.1))
+            functions = {
+                "without": Training(model, x, batch_size),
+                "with": Training(model, x, batch_size, pathlib.Path(directory) / "checkpoints"),
+            }
+            times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
+            table.print(
+                {
+                    "towers": tower,
+                    "rows": f"{num_rows:,}",
+                    "batch": f"{batch_size:,}",
+                    "MB": f"{functions['with'].megabytes():.0f}",
+                    "step without, ms": milliseconds(times["without"]),
+                    "step with, ms": milliseconds(times["with"]),
+                    "with / without": ratio(times["with"], times["without"]),
+                    "processor, with / without": ratio(
+                        *(functions[name].processor_times for name in ("with", "without"))
+                    ),
+                    "checkpoints": f"{statistics.median(functions['with'].counts):.0f}",
                 }
-                times = in_turns(functions, FLAGS.turns, FLAGS.seconds)
-                table.print(
-                    {
-                        "rows": f"{num_rows:,}",
-                        "batch": f"{batch_size:,}",
-                        "MB": f"{functions['with'].megabytes():.0f}",
-                        "step without, ms": milliseconds(times["without"]),
-                        "step with, ms": milliseconds(times["with"]),
-                        "with / without": ratio(times["with"], times["without"]),
-                        "processor, with / without": ratio(
-                            *(functions[name].processor_times for name in ("with", "without"))
-                        ),
-                        "checkpoints": f"{statistics.median(functions['with'].counts):.0f}",
-                    }
-                )
+            )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import sys
+import threading
 import zlib
 from typing import Any, NamedTuple
 
@@ -17,9 +20,12 @@ import numpy as np
 from keras_rs_contrib import processes
 from keras_rs_contrib.checkpoints import agreement
 from keras_rs_contrib.checkpoints.plain_values import Array
+from keras_rs_contrib.checkpoints.snapshot import Snapshot, are_on_cpus
 
 # Few enough that they stay in the cache of the processor.
 BLOCK_BYTES = 1 << 20
+# Of the threads that write, from 0 for that of training to 19 for the lowest.
+PRIORITY = 15
 
 
 class Place(NamedTuple):
@@ -63,7 +69,8 @@ class Store:
         self._checkpointer = checkpoint.AsyncCheckpointer(handler)
         # A thread of its own does not know the distribution in force.
         self._is_first = processes.is_first()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", _lower_priority)
+        self._snapshot = Snapshot()
         self._pending: concurrent.futures.Future[None] | None = None
         self._pending_place: Place | None = None
         # The newest complete checkpoint.
@@ -77,6 +84,9 @@ class Store:
     def path_of(self, place: Place) -> pathlib.Path:
         """Returns the folder of a checkpoint."""
         return self.directory / place.name
+
+    def _partial_path_of(self, place: Place) -> pathlib.Path:
+        return self.directory / f"writing-{place.name}"
 
     def places(self) -> list[Place]:
         """Returns the complete checkpoints in ascending order."""
@@ -143,28 +153,20 @@ class Store:
             arrays: NumPy arrays that nothing changes.
         """
         error = self.wait()
-        path = self.directory / f"writing-{place.name}"
-        failed = False
-        if self._is_first:
-            try:
-                shutil.rmtree(path, ignore_errors=True)
-                path.mkdir()
-            except OSError as cause:
-                error, failed = cause, True
-        # The processes wait for one another in Orbax.
-        if agreement.largest(failed):
-            return error or OSError(f"The first process could not create {path}.")
-        try:
-            # Orbax reads the arrays before it returns. On a CPU it reads them in place: JAX does not let a step reuse
-            # memory that NumPy sees, and the next step copies what it changes.
-            processes.wait_for_programs()
-            tree = {str(number): value for number, value in enumerate(values) if value.size}
-            self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
-        except Exception as cause:
-            # Orbax reports a full disk as one of several types.
-            shutil.rmtree(path, ignore_errors=True)
-            return cause
+        # Orbax writes no array without elements.
+        tree = {str(number): value for number, value in enumerate(values) if value.size}
+        processes.wait_for_programs()
+        on_cpus = are_on_cpus(list(tree.values()))
+        if on_cpus:
+            tree = dict(zip(tree, self._snapshot.of(list(tree.values())), strict=True))
         self._pending_place = place
+        if on_cpus and processes.num_processes() == 1:
+            self._pending = self._thread.submit(self._finish, place, info, arrays, tree)
+            return error
+        # Orbax copies arrays of other devices before it returns, and lets the processes wait for one another.
+        failure = self._begin(place, tree)
+        if failure is not None:
+            return failure
         self._pending = self._thread.submit(self._finish, place, info, arrays)
         return error
 
@@ -186,12 +188,51 @@ class Store:
         error = self.wait()
         self._thread.shutdown()
         self._checkpointer.close()
+        self._snapshot = Snapshot()
         return error
 
-    def _finish(self, place: Place, info: dict[str, Any], arrays: list[Array]) -> None:
-        """Completes a checkpoint, in the background."""
-        path = self.directory / f"writing-{place.name}"
+    def _begin(self, place: Place, tree: dict[str, Any]) -> Exception | None:
+        """Lets Orbax begin to write arrays. Returns the error if it cannot.
+
+        Args:
+            place: where in the training.
+            tree: the arrays, by name.
+        """
+        path = self._partial_path_of(place)
+        failure: Exception | None = None
+        if self._is_first:
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+            except OSError as error:
+                failure = error
+        # The processes wait for one another in Orbax.
+        if agreement.largest(failure is not None):
+            return failure or OSError(f"The first process could not create {path}.")
         try:
+            self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
+        except Exception as error:
+            # Orbax reports a full disk as one of several types.
+            shutil.rmtree(path, ignore_errors=True)
+            return error
+        return None
+
+    def _finish(
+        self, place: Place, info: dict[str, Any], arrays: list[Array], tree: dict[str, Any] | None = None
+    ) -> None:
+        """Completes a checkpoint, in the background.
+
+        Args:
+            place: where in the training.
+            info: what JSON can hold.
+            arrays: NumPy arrays.
+            tree: the arrays that Orbax has not yet begun to write.
+        """
+        path = self._partial_path_of(place)
+        try:
+            failure = None if tree is None else self._begin(place, tree)
+            if failure is not None:
+                raise failure
             self._checkpointer.wait_until_finished()
             if not self._is_first:
                 return
@@ -245,6 +286,14 @@ def fault_of(path: pathlib.Path) -> str | None:
         if _crc(file) != checksum:
             return f"the file {name!r} differs from its checksum"
     return None
+
+
+def _lower_priority() -> None:
+    """Lets training go before this thread, and before those that it starts."""
+    if sys.platform == "linux":
+        # Other systems lower the priority of the whole process.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PRIORITY)
 
 
 def _checksums(path: pathlib.Path) -> dict[str, tuple[int, int]]:
