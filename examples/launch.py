@@ -19,6 +19,14 @@ import time
 # asks, for a checkpoint.
 AFTER_FAILURE, AFTER_SIGNAL = 15, 60
 
+# Starts a Python program that Linux asks to stop if this one dies, even if it was killed.
+START_ON_LINUX = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
 
 class Stopped(Exception):
     """A signal asks to stop."""
@@ -92,11 +100,12 @@ def main() -> int:
         "KERAS_DISTRIBUTION_NUM_PROCESSES": str(options.num_processes),
         "PYTHONUNBUFFERED": "1",
     }
+    start = [sys.executable, *(["-c", START_ON_LINUX] if sys.platform == "linux" else [])]
     processes, threads, lock = [], [], threading.Lock()
     try:
         for number in range(options.num_processes):
             process = subprocess.Popen(
-                [sys.executable, options.program, *options.arguments],
+                [*start, options.program, *options.arguments],
                 env={**environment, "KERAS_DISTRIBUTION_PROCESS_ID": str(number)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
