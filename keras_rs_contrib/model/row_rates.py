@@ -31,6 +31,14 @@ class FollowLearningRate(keras.callbacks.Callback):  # type: ignore[misc]
         # The rates at the last look: of the optimizers, and of each table.
         self._rates: list[float] | None = None
         self._row_rates: list[float] = []
+        self._trained: keras.Model | None = None
+
+    def set_model(self, model: keras.Model) -> None:
+        """Follows the optimizer of a model."""
+        super().set_model(model)
+        # `self.model` would put the state of the step back into the variables, and wait for it before each batch. Only
+        # a callback that has used it can have changed a rate.
+        self._trained = model
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Follows the optimizer."""
@@ -53,7 +61,8 @@ class FollowLearningRate(keras.callbacks.Callback):  # type: ignore[misc]
         self._follow(is_over=True)
 
     def _follow(self, is_over: bool = False) -> None:
-        rates = _rates_of(self.model.optimizer)
+        assert self._trained is not None
+        rates = _rates_of(self._trained.optimizer)
         if rates is None:
             return
         if self._rates is None:
@@ -108,8 +117,11 @@ def _cannot_follow(table: RowSparseEmbedding, received: str) -> str:
 
 def _rates_of(optimizer: keras.optimizers.Optimizer) -> list[float] | None:
     """Returns the learning rates that callbacks can set, or `None` if they cannot, or if the step holds them."""
-    variables = [each.learning_rate for each in getattr(optimizer, "optimizers", [optimizer])]
-    if not all(isinstance(variable, keras.Variable) and _keras.has_value(variable) for variable in variables):
+    optimizers = getattr(optimizer, "optimizers", [optimizer])
+    if not all(_keras.has_value(each.iterations) for each in optimizers):
+        return None
+    variables = [each.learning_rate for each in optimizers]
+    if not all(isinstance(variable, keras.Variable) for variable in variables):
         return None
     return [float(ops.convert_to_numpy(variable)) for variable in variables]
 

@@ -260,6 +260,20 @@ def test_an_optimizer_with_a_schedule_is_left_alone():
     np.testing.assert_allclose([rates[1] for rates in record.rates], [0.4, 0.4], rtol=1e-6)
 
 
+def test_following_does_not_wait_for_each_batch(monkeypatch):
+    model = model_of(RowSGD(0.4))
+    syncs = []
+    sync = model.jax_state_sync
+    monkeypatch.setattr(model, "jax_state_sync", lambda: (syncs.append(1), sync()))
+
+    def num_syncs(batch_size):
+        syncs.clear()
+        fit(model, keras.callbacks.Callback(), epochs=1, batch_size=batch_size)
+        return len(syncs)
+
+    assert num_syncs(batch_size=2) == num_syncs(batch_size=48)
+
+
 def test_callbacks_of_any_form_reach_every_entry_point():
     class Count(keras.callbacks.Callback):
         number = 0
