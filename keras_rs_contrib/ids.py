@@ -237,18 +237,22 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
         twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
         raise ValueError(f"`queries` must be unique. Received: {twice} twice. Remove the duplicates.")
     places = np.searchsorted(in_order, query_ids)
-    wanted = np.isin(query_ids, queries)
-    # Keeps the first of equal pairs.
-    _, first = np.unique(np.stack([query_ids, candidate_ids]), axis=1, return_index=True)
-    wanted &= np.isin(np.arange(len(query_ids)), first)
-    rows = order[places[wanted]]
-    # A stable sort by row keeps the order of the pairs in each row.
-    by_row = np.argsort(rows, kind="stable")
-    rows, candidate_ids = rows[by_row], candidate_ids[wanted][by_row]
-    counts = np.bincount(rows, minlength=len(queries))
-    columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places[places == len(queries)] = 0
+    wanted = np.flatnonzero(in_order[places] == query_ids) if len(queries) else np.zeros(0, np.int64)
+    candidate_ids = candidate_ids[wanted]
+    # NumPy sorts integers of 64 bits several times as fast as it sorts by two keys, or as a stable sort.
+    pairs = order[places[wanted]] << 32 | candidate_ids.view(np.uint32)
+    by_pair = np.argsort(pairs)
+    pairs = pairs[by_pair]
+    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    # The first of equal pairs.
+    positions = np.minimum.reduceat(by_pair, starts) if len(starts) else by_pair
+    in_rows = np.sort(pairs[starts] >> 32 << 32 | positions)
+    query_rows, candidate_ids = in_rows >> 32, candidate_ids[in_rows & 0xFFFFFFFF]
+    counts = np.bincount(query_rows, minlength=len(queries))
+    columns = np.arange(len(query_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     result = np.full((len(queries), max(1, int(counts.max(initial=0)))), NO_CANDIDATE, np.int32)
-    result[rows, columns] = candidate_ids
+    result[query_rows, columns] = candidate_ids
     return result
 
 
