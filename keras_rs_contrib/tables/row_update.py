@@ -13,6 +13,10 @@ from jax.sharding import PartitionSpec
 from keras_rs_contrib.tables.layout import TableLayout
 from keras_rs_contrib.tables.row_optimizers import RowOptimizer
 
+# Up to this many rows for each id of the batch, it is faster to update all rows than to sort the ids: measured on CPUs
+# for 100 to 4,096 ids, and embeddings of 16 and 64.
+ROWS_PER_ID = 4
+
 
 class Table(NamedTuple):
     """A table and the slots of its row optimizer.
@@ -179,7 +183,7 @@ def _updated(
 def _with_rows_updated(
     table: Table, row_ids: Any, gradients: Any, optimizer: RowOptimizer, learning_rate: Any, step: Any
 ) -> Table:
-    """Returns the table after an update of the rows in the batch. Only these rows are read and written.
+    """Returns the table after an update of the rows in the batch. In a large table, only these are read and written.
 
     Args:
         table: the table and its slots.
@@ -191,6 +195,8 @@ def _with_rows_updated(
     """
     num_rows = table.embeddings.shape[0]
     num_ids = row_ids.shape[0]
+    if num_rows <= ROWS_PER_ID * num_ids:
+        return _with_all_rows_updated(table, row_ids, gradients, optimizer, learning_rate, step)
     order = jnp.argsort(row_ids)
     sorted_ids = row_ids[order]
     is_first = jnp.concatenate([jnp.ones(min(num_ids, 1), "bool"), sorted_ids[1:] != sorted_ids[:-1]])
@@ -216,6 +222,27 @@ def _with_rows_updated(
         learning_rate,
         step,
     )
+    return Table(
+        with_rows(table.embeddings, rows),
+        {name: with_rows(slot, slots[name]) for name, slot in table.slots.items()},
+    )
+
+
+def _with_all_rows_updated(
+    table: Table, row_ids: Any, gradients: Any, optimizer: RowOptimizer, learning_rate: Any, step: Any
+) -> Table:
+    """Does what `_with_rows_updated` does, by an update of all rows, of which those in the batch are kept."""
+    num_rows = table.embeddings.shape[0]
+    in_batch = jnp.zeros((num_rows, 1), "bool").at[row_ids].set(True, mode="drop")
+    sums = jnp.zeros((num_rows, gradients.shape[1]), "float32")
+    sums = sums.at[row_ids].add(gradients.astype("float32"), mode="drop")
+    rows, slots = optimizer.update(
+        table.embeddings.astype("float32"), table.slots, optimizer.clip(sums), learning_rate, step
+    )
+
+    def with_rows(array: Any, rows: Any) -> Any:
+        return jnp.where(in_batch, rows.astype(array.dtype), array)
+
     return Table(
         with_rows(table.embeddings, rows),
         {name: with_rows(slot, slots[name]) for name, slot in table.slots.items()},

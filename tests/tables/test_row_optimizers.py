@@ -19,6 +19,12 @@ STEPS = [
 ]
 
 
+@pytest.fixture(params=["rows of the batch", "all rows"])
+def update(request, monkeypatch):
+    """Updates tables as large ones, and as small ones."""
+    monkeypatch.setattr(row_update, "ROWS_PER_ID", 0 if request.param == "rows of the batch" else NUM_ROWS)
+
+
 def step_of(optimizer, num_rows=NUM_ROWS):
     """Returns a compiled step: from gradients for each id to the table after the step and the looked-up rows."""
 
@@ -48,6 +54,7 @@ def assert_close(table, expected, **tolerance):
         np.testing.assert_allclose(slot, expected[1][name], **tolerance)
 
 
+@pytest.mark.usefixtures("update")
 @pytest.mark.parametrize("clipnorm", [None, 1.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_the_table_after_the_step(kind, clipnorm, rng):
@@ -92,6 +99,7 @@ def test_settings_follow_the_formula(kind, arguments, rng):
     assert_close(table, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("update")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_out_of_range_returns_nan_and_changes_no_row(kind, rng):
     optimizer = KINDS[kind]()
@@ -102,6 +110,7 @@ def test_an_id_out_of_range_returns_nan_and_changes_no_row(kind, rng):
         jax.tree.map(np.testing.assert_array_equal, after, table)
 
 
+@pytest.mark.usefixtures("update")
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_outside_the_batch_do_not_change(kind, rng):
     optimizer = KINDS[kind]()
