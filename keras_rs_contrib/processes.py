@@ -13,7 +13,7 @@ import pickle
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import keras
@@ -136,24 +136,134 @@ def gather(value: Any) -> list[Any]:
 
     Args:
         value: any value that can be pickled.
+
+    Raises:
+        Exception: the error of another process that has failed meanwhile: see `in_step`.
+        RuntimeError: if the processes are within different methods.
     """
     if num_processes() == 1:
         return [value]
+    if _state.noted is not None:
+        error, _state.noted = _state.noted, None
+        tell(error)
+        raise error
+    return _values(_exchange(None, pickle.dumps(value)))
+
+
+class _Message(NamedTuple):
+    """What a process sends in an exchange.
+
+    Attributes:
+        methods: the names of the methods in which it is.
+        failure: what `describe` returns of the error with which it leaves them, or `None`.
+        data: a pickled value.
+    """
+
+    methods: tuple[str, ...]
+    failure: tuple[str, str] | None
+    data: bytes
+
+
+class _State:
+    """What this process knows of its exchanges.
+
+    Attributes:
+        methods: the names of the methods in which it is, the outermost first.
+        noted: an error that the others do not know yet, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.methods: list[str] = []
+        self.noted: Exception | None = None
+
+
+_state = _State()
+# An attribute of errors that all processes raise.
+SHARED = "_is_raised_in_all_processes"
+
+
+def _exchange(failure: tuple[str, str] | None, data: bytes) -> list[_Message]:
     wait_for_programs()
-    data = np.frombuffer(pickle.dumps(value), "uint8")
-    length = np.frombuffer(len(data).to_bytes(NUM_LENGTH, "little"), "uint8")
-    starts = multihost_utils.process_allgather(np.concatenate([length, _padded(data[:NUM_SHORT], NUM_SHORT)]))
+    sent = np.frombuffer(pickle.dumps(tuple(_Message(tuple(_state.methods), failure, data))), "uint8")
+    length = np.frombuffer(len(sent).to_bytes(NUM_LENGTH, "little"), "uint8")
+    starts = multihost_utils.process_allgather(np.concatenate([length, _padded(sent[:NUM_SHORT], NUM_SHORT)]))
     lengths = [int.from_bytes(each[:NUM_LENGTH].tobytes(), "little") for each in starts]
     parts = [starts[:, NUM_LENGTH:]]
     longest = max(lengths) - NUM_SHORT
     if longest > 0:
         # Each power of two is compiled once.
-        parts.append(multihost_utils.process_allgather(_padded(data[NUM_SHORT:], 1 << (longest - 1).bit_length())))
-    return [pickle.loads(row[:length].tobytes()) for row, length in zip(np.hstack(parts), lengths, strict=True)]
+        parts.append(multihost_utils.process_allgather(_padded(sent[NUM_SHORT:], 1 << (longest - 1).bit_length())))
+    rows = zip(np.hstack(parts), lengths, strict=True)
+    return [_Message(*pickle.loads(row[:length].tobytes())) for row, length in rows]
+
+
+def _values(messages: list[_Message]) -> list[Any]:
+    """Returns the values in messages, or raises an error in all processes that have not raised theirs."""
+    raise_first(None, [each.failure for each in messages])
+    for process, each in enumerate(messages):
+        if each.methods != messages[0].methods:
+            places = [" in ".join(f"`{name}`" for name in reversed(one.methods)) for one in (messages[0], each)]
+            raise _shared(
+                RuntimeError(
+                    "All processes must call the same methods in the same order. Received: "
+                    f"{places[0] or 'none'} in process 0, and {places[1] or 'none'} in process {process}. "
+                    "Call each method in all processes."
+                )
+            )
+    return [pickle.loads(each.data) for each in messages]
 
 
 def _padded(data: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     return np.pad(data, (0, size - len(data)))
+
+
+@contextlib.contextmanager
+def in_step(method: str) -> Iterator[None]:
+    """Lets all processes leave the body of `with` together: if one of them raises an error, all do.
+
+    The body may exchange values. A process that fails tells the others in their next exchange, at the latest in the one
+    at the end. Errors of the JAX runtime are not told: the others may be waiting in the program that has failed.
+
+    Args:
+        method: the name of the method whose body it is.
+
+    Raises:
+        Exception: of the same type, if it is a built-in one, and otherwise `RuntimeError`, in the other processes.
+    """
+    if num_processes() == 1:
+        yield
+        return
+    _state.methods.append(method)
+    try:
+        yield
+        gather(None)
+    except Exception as error:
+        if not hasattr(error, SHARED) and not isinstance(error, jax.errors.JaxRuntimeError):
+            tell(error)
+        raise
+    finally:
+        _state.methods.pop()
+
+
+def tell(error: Exception) -> None:
+    """Tells the other processes, in their next exchange, that this one raises an error."""
+    _shared(error)
+    _exchange(describe(error), b"")
+
+
+def note(error: Exception) -> None:
+    """Lets the next exchange of this process raise an error, in all of them.
+
+    Until then, it must do all that the others do: they may be waiting for it in a program.
+    """
+    if _state.noted is None:
+        _state.noted = error
+
+
+def _shared(error: Exception) -> Exception:
+    with contextlib.suppress(AttributeError):
+        setattr(error, SHARED, True)
+    return error
 
 
 @contextlib.contextmanager
@@ -182,7 +292,12 @@ def raise_alike(error: Exception | None) -> None:
     Args:
         error: the error of this process, or `None`.
     """
-    raise_first(error, gather(describe(error)))
+    if error is None:
+        gather(None)
+        return
+    if num_processes() > 1:
+        tell(error)
+    raise error
 
 
 def describe(error: Exception | None) -> tuple[str, str] | None:
@@ -198,13 +313,13 @@ def raise_first(error: Exception | None, described: list[tuple[str, str] | None]
         described: what `describe` returns, for each process.
     """
     if error is not None:
-        raise error
+        raise _shared(error)
     for process, each in enumerate(described):
         if each is not None:
             kind = getattr(builtins, each[0], RuntimeError)
             has_message = isinstance(kind, type) and issubclass(kind, (ValueError, TypeError, OSError, ImportError))
             kind = RuntimeError if not has_message or issubclass(kind, UnicodeError) else kind
-            raise kind(f"Process {process} has failed: {each[0]}: {each[1]}")
+            raise _shared(kind(f"Process {process} has failed: {each[0]}: {each[1]}"))
 
 
 def own_slice(numbers: Sequence[int]) -> slice:

@@ -32,7 +32,8 @@ from timing import Table, print_setting
 FLAGS = flags.FLAGS
 flags.DEFINE_string("train", None, "Train with checkpoints in this folder, and print a checksum at the end.")
 flags.DEFINE_integer("every_steps", 1, "Steps between checkpoints.")
-flags.DEFINE_integer("epochs", 15, "Epochs of a training.")
+flags.DEFINE_integer("epochs", 15, "Epochs of a training in one process.")
+flags.DEFINE_integer("epochs_of_several", 3, "Epochs of a training in several processes, whose steps take longer.")
 flags.DEFINE_integer("dimension", 16, "Embedding dimension. Another one is another model.")
 flags.DEFINE_integer("max_file_bytes", 0, "The largest file that a training can write after its first epoch, or 0.")
 flags.DEFINE_integer("nan_epoch", 0, "The epoch, from 1, in which a table becomes NaN, or 0.")
@@ -168,18 +169,18 @@ def newest(directory):
 
 
 @contextlib.contextmanager
-def small_disk(directory):
+def small_disk(directory, every_steps):
     """Yields the flags of a training whose disk is full after a while, and what limits it."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(directory)]
     if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
         try:
             # Each checkpoint takes 5 MB. The first one is complete before the second one begins.
-            yield {"every_steps": 1000}, "a file system of 8 MB"
+            yield {"every_steps": every_steps}, "a file system of 8 MB"
         finally:
             subprocess.run(["umount", str(directory)], check=True)
     else:
-        yield {"every_steps": 1000, "max_file_bytes": 100_000}, "files of at most 100 kB after epoch 1"
+        yield {"every_steps": every_steps, "max_file_bytes": 100_000}, "files of at most 100 kB after epoch 1"
 
 
 class Trials:
@@ -196,6 +197,7 @@ class Trials:
 
     def __init__(self, folder, num_processes, table):
         self.folder, self.num_processes, self.table = folder, num_processes, table
+        self.epochs = FLAGS.epochs if num_processes == 1 else FLAGS.epochs_of_several
         self.draws = random.Random(FLAGS.seed)
         self.failed = []
         folder.mkdir()
@@ -205,6 +207,8 @@ class Trials:
 
     def program(self, directory, **values):
         """Starts a training with checkpoints in a folder."""
+        # Several processes wait for each checkpoint before they begin the next one.
+        values = {"epochs": self.epochs, "every_steps": 1 if self.num_processes == 1 else 50, **values}
         return Program(self.folder / "output", self.folder / directory, self.num_processes, **values)
 
     def is_right(self, directory, **values):
@@ -265,7 +269,7 @@ class Trials:
     def disk(self):
         """Lets the disk run full."""
         directory = self.folder / "disk"
-        with small_disk(directory) as (values, limit):
+        with small_disk(directory, every_steps=75 * self.epochs) as (values, limit):
             _, checksum, outputs = self.program("disk", **values).end()
             kept = sorted(path.name for path in directory.glob("epoch-*"))
             is_warned = "A checkpoint must be written as a whole" in outputs[0]
@@ -275,7 +279,7 @@ class Trials:
     def folders(self):
         """Damages a checkpoint, and uses the folder of another training, or one where nothing can be written."""
         directory = self.folder / "truncated"
-        self.program("truncated", epochs=FLAGS.epochs - 1, every_steps=10**6).end()
+        self.program("truncated", epochs=self.epochs - 1, every_steps=10**6).end()
         self.program("truncated", every_steps=10**6).end()
         largest = max(newest(directory).rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
         os.truncate(largest, largest.stat().st_size // 2)

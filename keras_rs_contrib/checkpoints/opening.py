@@ -42,9 +42,17 @@ def open_folder(
         release: ends a training that has failed, and is not told.
 
     Raises:
-        OSError: if no file can be written in the folder.
+        OSError: if no file can be written in the folder, or a process cannot reach it.
         RuntimeError: if another training uses the folder.
+        ValueError: if the processes pass different folders.
     """
+    directories = processes.gather(str(store.directory))
+    for process, directory in enumerate(directories):
+        if directory != directories[0]:
+            raise ValueError(
+                "All processes of a training share one folder of checkpoints. Received: "
+                f"directory={directories[0]!r} in process 0, and {directory!r} in process {process}. Pass the same one."
+            )
     lock: FolderLock | None = None
     outcome: dict[str, Any] = {}
     if processes.is_first():
@@ -71,6 +79,18 @@ def open_folder(
             "`directory` must be a folder in which files can be written. Received: "
             f"directory={str(store.directory)!r}: {outcome['error']}. Pass another folder, or change its permissions."
         )
+    try:
+        with processes.failing_alike():
+            if not store.directory.is_dir():
+                raise OSError(
+                    "All processes of a training share one folder of checkpoints. Received: "
+                    f"directory={str(store.directory)!r}, which only the first process can reach. Pass a folder of a "
+                    "file system that all machines mount."
+                )
+    except OSError:
+        if lock is not None:
+            lock.release()
+        raise
     for fault in outcome["faults"]:
         used = "The one before it is used." if outcome["place"] else "No other is left, and training begins again."
         agreement.say(f"A checkpoint is damaged: {fault}. {used}")

@@ -11,7 +11,12 @@ from typing import Any, TypeVar, cast
 
 import keras
 
+from keras_rs_contrib import processes
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+# A step may be traced in these, and one of several processes may call them alone.
+WITHOUT_EXCHANGE = ("__call__", "get_weights")
 
 
 class Access:
@@ -121,7 +126,7 @@ def shared(method: F) -> F:
                 "Keras takes the weights out of a model for the batches of an epoch. Received: "
                 f"`{method.__name__}` between them. Call it in `on_epoch_end` of a callback, or after `fit`."
             )
-        with access(method.__name__):
+        with access(method.__name__), _in_step(method.__name__):
             return method(self, *args, **kwargs)
 
     return cast(F, taking_turns)
@@ -132,7 +137,11 @@ def alone(method: F) -> F:
 
     @functools.wraps(method)
     def taking_turns(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._access.alone(method.__name__):
+        with self._access.alone(method.__name__), _in_step(method.__name__):
             return method(self, *args, **kwargs)
 
     return cast(F, taking_turns)
+
+
+def _in_step(method: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if method in WITHOUT_EXCHANGE else processes.in_step(method)

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from keras_rs_contrib import _keras
+from keras_rs_contrib import _keras, processes
 from keras_rs_contrib.model import archive
 from keras_rs_contrib.model.archive import Contents, UnusableFile
 
@@ -83,14 +83,18 @@ def load_model(
             "a `pathlib.Path`."
         )
     path = pathlib.Path(filepath)
-    try:
-        with _explaining("which cannot be read", OSError):
-            contents = archive.read(path)
-        with _explaining("whose `config.json` is nested too deeply", RecursionError):
-            _check_sizes(contents, custom_objects, safe_mode)
-        return _load(path, contents, custom_objects, compile, safe_mode)
-    except UnusableFile as error:
-        raise ValueError(f"{error.rule} Received: {str(path)!r}, {error.received}. {error.fix}") from error.__cause__
+    with processes.in_step("load_model"):
+        try:
+            with _explaining("which cannot be read", OSError):
+                contents = archive.read(path)
+            with _explaining("whose `config.json` is nested too deeply", RecursionError):
+                _check_sizes(contents, custom_objects, safe_mode)
+            # Creating the model exchanges values.
+            processes.raise_alike(None)
+            return _load(path, contents, custom_objects, compile, safe_mode)
+        except UnusableFile as error:
+            message = f"{error.rule} Received: {str(path)!r}, {error.received}. {error.fix}"
+            raise ValueError(message) from error.__cause__
 
 
 @contextlib.contextmanager

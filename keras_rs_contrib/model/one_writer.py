@@ -24,6 +24,10 @@ def in_one_process(method: F) -> F:
     def once(self: Any, *args: Any, **kwargs: Any) -> Any:
         if processes.num_processes() == 1:
             return method(self, *args, **kwargs)
+        with processes.in_step(method.__name__):
+            return in_first_process(self, *args, **kwargs)
+
+    def in_first_process(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.refresh_before_saving()
         optimizer = getattr(self, "optimizer", None)
         variables = {id(each): each for each in [*self.variables, *(optimizer.variables if optimizer else [])]}

@@ -18,6 +18,7 @@ from keras_rs_contrib.model.access import Access, alone
 from keras_rs_contrib.model.added_callbacks import Collect, RefreshIndex, releasing, with_callbacks
 from keras_rs_contrib.model.baseline import check_seen, report_popularity, say_that_seen_are_ranked
 from keras_rs_contrib.model.callbacks import set_modes
+from keras_rs_contrib.model.callbacks_in_step import callbacks_in_step
 from keras_rs_contrib.model.failed_builds import RecoveringModel
 from keras_rs_contrib.model.feature_names import is_missing
 from keras_rs_contrib.model.finite_loss import StopIfNotFinite, no_embedding, not_finite, row_not_finite
@@ -197,7 +198,7 @@ class PaddedModel(RecoveringModel):
         stop = StopIfNotFinite()
         # `evaluate` needs to know the batches that are checked already.
         checked = self._setting(_validation_batches=validation_data)
-        with collecting, WeightGuard(self) as guard, checked, releasing(callbacks):
+        with collecting, WeightGuard(self) as guard, checked, releasing(callbacks), callbacks_in_step(callbacks):
             history = super().fit(
                 x,
                 epochs=epochs,
@@ -259,7 +260,7 @@ class PaddedModel(RecoveringModel):
         with processes.failing_alike():
             x = self.model_inputs.batches(x, y, sample_weight, purpose, batch_size=batch_size, steps=steps)
             check_mesh(self.variables)
-        with x.raising_own_errors(), WeightGuard(self) as guard:
+        with x.raising_own_errors(), WeightGuard(self) as guard, callbacks_in_step(callbacks):
             logs = super().evaluate(
                 x,
                 verbose=processes.verbosity(verbose),
@@ -304,7 +305,8 @@ class PaddedModel(RecoveringModel):
             x, _, _ = keras.utils.unpack_x_y_sample_weight(x)
             x = self.model_inputs.batches(x, None, None, Purpose(queries_only=True), batch_size=batch_size, steps=steps)
             check_mesh(self.variables)
-        with x.raising_own_errors(), WeightGuard(self) as guard, self._setting(_is_retrieving=True):
+        setting = self._setting(_is_retrieving=True)
+        with x.raising_own_errors(), WeightGuard(self) as guard, setting, callbacks_in_step(callbacks):
             callbacks = with_callbacks(callbacks, RefreshIndex(), guard)
             outputs = super().predict(x, verbose=verbose, steps=steps, callbacks=callbacks)
             self._check_predictions(outputs, x)

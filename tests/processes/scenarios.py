@@ -1,5 +1,6 @@
 """What several processes do together, and one process alone: as a program, one of the several."""
 
+import functools
 import os
 import pathlib
 import pickle
@@ -176,6 +177,19 @@ def with_checkpoints(folder, dies):
     return {"history": history, "weights": model.get_weights()}
 
 
+class Fail(keras.callbacks.Callback):
+    """Raises an error in a hook, in one process."""
+
+    def __init__(self, hook, is_failing):
+        super().__init__()
+        self.is_failing = is_failing
+        setattr(self, hook, self.fail)
+
+    def fail(self, number, logs=None):
+        if self.is_failing and number == 1:
+            raise ValueError("A callback has failed.")
+
+
 def errors_of(calls):
     found = {}
     for name, call in calls.items():
@@ -186,7 +200,7 @@ def errors_of(calls):
     return found
 
 
-def with_errors(model, data, process, num_processes):
+def with_errors(folder, model, data, process, num_processes):
     """What is raised if only one process does something wrong, and whether training goes on."""
     is_last, is_first = process == num_processes - 1, process == 0
     wrong = {**data, "movie": data["movie"].copy()}
@@ -201,7 +215,13 @@ def with_errors(model, data, process, num_processes):
         "recommend": lambda: model.recommend({"user": users}),
         "save": lambda: model.save("/no/such/folder/model.keras"),
         "queries": lambda: model.recommend({"user": np.array([int(is_first)])}),
+        "k": lambda: model.recommend(QUERIES, k=NUM_MOVIES + 1 if is_last else 1),
+        "load": lambda: load_model(folder / ("no.keras" if is_last else "one.keras")),
+        "methods": lambda: model.score(rows_of(data, slice(5))) if is_last else model.recommend(QUERIES),
     }
+    for hook in ("on_train_batch_end", "on_epoch_begin", "on_test_batch_begin"):
+        fit = functools.partial(model.fit, data, batch_size=BATCH_SIZE, epochs=2, validation_data=data)
+        calls[hook] = functools.partial(fit, callbacks=[Fail(hook, is_last)])
     return errors_of(calls), model.fit(data, batch_size=BATCH_SIZE, shuffle=False).history
 
 
@@ -219,7 +239,7 @@ def main(folder):
         np.random.seed(process)  # noqa: NPY002
         model, data, result = same_for_all(folder)
         result["lists"].append(load_model(folder / "one.keras").recommend(QUERIES).ids)
-        result["errors"], result["after"] = with_errors(model, data, process, num_processes)
+        result["errors"], result["after"] = with_errors(folder, model, data, process, num_processes)
     (folder / f"{process}.pickle").write_bytes(pickle.dumps(result))
 
 

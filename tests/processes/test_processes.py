@@ -83,14 +83,17 @@ def test_two_processes_with_the_same_data_equal_one_process(tmp_path):
     assert "[1] Epoch" not in output
 
     first, last = (found["errors"] for found in results)
-    assert first.keys() == last.keys() == {"id", "first id", "feature", "predict", "recommend", "save", "queries"}
+    assert len(first) == 13
+    assert first.keys() == last.keys()
     for name, (kind, message) in last.items():
         assert first[name][0] == kind, name
-        if name not in ("save", "queries"):
+        if name not in ("save", "queries", "methods"):
             assert first[name][1] == f"Process 1 has failed: {kind}: {message}"
     assert last["save"] == ("FileNotFoundError", f"Process 0 has failed: FileNotFoundError: {first['save'][1]}")
     assert first["queries"] == last["queries"]
     assert "same queries" in first["queries"][1]
+    assert first["methods"] == last["methods"]
+    assert "`recommend` in process 0, and `score` in process 1" in first["methods"][1]
     assert results[0]["after"] == results[1]["after"]
     assert np.isfinite(results[0]["after"]["loss"]).all()
 
