@@ -238,11 +238,17 @@ def in_step(method: str) -> Iterator[None]:
         yield
         gather(None)
     except Exception as error:
-        if not hasattr(error, SHARED) and not isinstance(error, jax.errors.JaxRuntimeError):
+        if not hasattr(error, SHARED) and not _is_of_runtime(error):
             tell(error)
         raise
     finally:
         _state.methods.pop()
+
+
+def _is_of_runtime(error: Exception) -> bool:
+    """Returns whether a program has failed, as it does if another process has ended."""
+    # On CPUs, JAX raises some as `ValueError`.
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def tell(error: Exception) -> None:

@@ -115,6 +115,8 @@ class Program:
     def __init__(self, folder, directory, num_processes, **values):
         options = [f"--{name}={value}" for name, value in values.items()]
         command = [sys.executable, __file__, f"--train={directory}", f"--num_processes={num_processes}", *options]
+        # JAX names a process that is missing in its log of errors.
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2" if num_processes > 1 else "3"}
         port = free_port()
         self._files, self._processes = [], []
         for number in range(num_processes):
@@ -122,7 +124,8 @@ class Program:
             self._files.append(pathlib.Path(name))
             with os.fdopen(descriptor, "w") as file:
                 own = [f"--port={port}", f"--process_id={number}"]
-                self._processes.append(subprocess.Popen([*command, *own], stdout=file, stderr=subprocess.STDOUT))
+                process = subprocess.Popen([*command, *own], env=environment, stdout=file, stderr=subprocess.STDOUT)
+                self._processes.append(process)
 
     def wait_for_first_step(self):
         """Waits until a step is done in each process, or it has ended."""
@@ -218,11 +221,11 @@ class Trials:
     def report(self, tried, held, details):
         """Prints a row."""
         row = {
+            "tried".ljust(54): tried.ljust(54),
             "processes": str(self.num_processes),
-            "tried".ljust(50): tried.ljust(50),
             "held": "yes" if held else "NO",
         }
-        self.table.print({**row, "details".ljust(70): details})
+        self.table.print({**row, "details".ljust(80): details})
         self.failed.extend([] if held else [f"{tried} ({self.num_processes} processes)"])
 
     def kills(self):
@@ -238,7 +241,8 @@ class Trials:
             statuses, _, outputs = program.end()
             seconds.append(time.monotonic() - start)
             killed += statuses[-1] == -signal.SIGKILL and 0 not in statuses
-            named += all(f"task:{self.num_processes - 1}" in output for output in outputs[:-1])
+            name = re.compile(rf"task[: ]{self.num_processes - 1}\b", re.IGNORECASE)
+            named += all(map(name.search, outputs[:-1]))
             writing += is_writing(self.folder / "killed")
         details = f"{killed} kills, {writing} of them while writing"
         if self.num_processes > 1:
