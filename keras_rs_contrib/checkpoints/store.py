@@ -69,6 +69,7 @@ class Store:
         self._checkpointer = checkpoint.AsyncCheckpointer(handler)
         # A thread of its own does not know the distribution in force.
         self._is_first = processes.is_first()
+        self._is_one_of_several = processes.num_processes() > 1
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", _lower_priority)
         self._snapshot = Snapshot()
         self._pending: concurrent.futures.Future[None] | None = None
@@ -160,7 +161,7 @@ class Store:
         if on_cpus:
             tree = dict(zip(tree, self._snapshot.of(list(tree.values())), strict=True))
         self._pending_place = place
-        if on_cpus and processes.num_processes() == 1:
+        if on_cpus and not self._is_one_of_several:
             self._pending = self._thread.submit(self._finish, place, info, arrays, tree)
             return error
         # Orbax copies arrays of other devices before it returns, and lets the processes wait for one another.
@@ -200,11 +201,16 @@ class Store:
         """
         path = self._partial_path_of(place)
         failure: Exception | None = None
+        if self._is_one_of_several:
+            # All have ended the last one, which may have failed.
+            agreement.largest(False)
         if self._is_first:
+            self.remove_incomplete()
             try:
-                shutil.rmtree(path, ignore_errors=True)
                 path.mkdir()
+                _check_free_space(path, sum(array.nbytes for array in tree.values()))
             except OSError as error:
+                shutil.rmtree(path, ignore_errors=True)
                 failure = error
         # The processes wait for one another in Orbax.
         if agreement.largest(failure is not None):
@@ -213,7 +219,8 @@ class Store:
             self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
         except Exception as error:
             # Orbax reports a full disk as one of several types.
-            shutil.rmtree(path, ignore_errors=True)
+            if not self._is_one_of_several:
+                shutil.rmtree(path, ignore_errors=True)
             return error
         return None
 
@@ -249,7 +256,8 @@ class Store:
             (path / "checksums.json").write_text(json.dumps(_checksums(path)))
             path.rename(self.path_of(place))
         except BaseException:
-            if self._is_first:
+            # Other processes may still be writing, and would wait for their files. The next checkpoint removes them.
+            if self._is_first and not self._is_one_of_several:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         for old in self.places()[: -self.keep]:
@@ -268,6 +276,17 @@ def import_orbax() -> Any:
             f"{error.name!r}. Install it: `pip install orbax-checkpoint`."
         ) from error
     return orbax.checkpoint
+
+
+def _check_free_space(path: pathlib.Path, num_bytes: int) -> None:
+    """Raises `OSError` if a file system has no space for a checkpoint, before Orbax fails in the middle of one.
+
+    One of several processes that fails then leaves the others waiting.
+    """
+    total, _, free = shutil.disk_usage(path)
+    # Some network file systems do not know their size.
+    if total and free < num_bytes:
+        raise OSError(f"the checkpoint has {num_bytes:,} bytes, and {free:,} are free")
 
 
 def fault_of(path: pathlib.Path) -> str | None:

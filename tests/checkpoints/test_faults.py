@@ -4,6 +4,7 @@ import fcntl
 import json
 import re
 import resource
+import shutil
 import sys
 
 import keras
@@ -173,6 +174,14 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_training(tmp_path):
     expected = dense_model(units=1000, rate=1e-7)
     fit(expected, epochs=4)
     np.testing.assert_array_equal(weights_of(model), weights_of(expected))
+
+
+def test_a_checkpoint_for_which_no_space_is_free_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.warns(UserWarning, match=r"the checkpoint has [\d,]+ bytes, and 10 are free.*no good checkpoint"):
+        fit(dense_model(), TrainingCheckpoint(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("batch", [0, 2])
