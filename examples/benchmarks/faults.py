@@ -36,7 +36,7 @@ flags.DEFINE_integer("epochs", 15, "Epochs of a training in one process.")
 flags.DEFINE_integer("epochs_of_several", 3, "Epochs of a training in several processes, whose steps take longer.")
 flags.DEFINE_integer("dimension", 16, "Embedding dimension. Another one is another model.")
 flags.DEFINE_integer("max_file_bytes", 0, "The largest file that a training can write after its first epoch, or 0.")
-flags.DEFINE_integer("nan_epoch", 0, "The epoch, from 1, in which a table becomes NaN, or 0.")
+flags.DEFINE_integer("nan_epoch", 0, "The epoch, from 1, in which a table becomes infinite and the loss NaN, or 0.")
 flags.DEFINE_integer("num_processes", 1, "Processes of a training.")
 flags.DEFINE_integer("process_id", 0, "Number of this one, from 0.")
 flags.DEFINE_integer("port", 0, "Port of the first process.")
@@ -77,7 +77,7 @@ def train():
 
         def on_epoch_begin(self, epoch, logs=None):
             if epoch + 1 == FLAGS.nan_epoch:
-                self.model.query_tower.embeddings.assign(np.full((NUM_PADDED_ROWS, FLAGS.dimension), np.nan))
+                self.model.query_tower.embeddings.assign(np.full((NUM_PADDED_ROWS, FLAGS.dimension), np.inf))
 
         def on_epoch_end(self, epoch, logs=None):
             if FLAGS.max_file_bytes:
