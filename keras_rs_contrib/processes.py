@@ -147,7 +147,7 @@ def gather(value: Any) -> list[Any]:
         error, _state.noted = _state.noted, None
         tell(error)
         raise error
-    return _values(_exchange(None, pickle.dumps(value)))
+    return _values(_exchange(None, value))
 
 
 class _Message(NamedTuple):
@@ -156,12 +156,12 @@ class _Message(NamedTuple):
     Attributes:
         methods: the names of the methods in which it is.
         failure: what `describe` returns of the error with which it leaves them, or `None`.
-        data: a pickled value.
+        value: any value that can be pickled.
     """
 
     methods: tuple[str, ...]
     failure: tuple[str, str] | None
-    data: bytes
+    value: Any
 
 
 class _State:
@@ -182,9 +182,9 @@ _state = _State()
 SHARED = "_is_raised_in_all_processes"
 
 
-def _exchange(failure: tuple[str, str] | None, data: bytes) -> list[_Message]:
+def _exchange(failure: tuple[str, str] | None, value: Any) -> list[_Message]:
     wait_for_programs()
-    sent = np.frombuffer(pickle.dumps(tuple(_Message(tuple(_state.methods), failure, data))), "uint8")
+    sent = np.frombuffer(pickle.dumps(tuple(_Message(tuple(_state.methods), failure, value))), "uint8")
     length = np.frombuffer(len(sent).to_bytes(NUM_LENGTH, "little"), "uint8")
     starts = multihost_utils.process_allgather(np.concatenate([length, _padded(sent[:NUM_SHORT], NUM_SHORT)]))
     lengths = [int.from_bytes(each[:NUM_LENGTH].tobytes(), "little") for each in starts]
@@ -210,7 +210,7 @@ def _values(messages: list[_Message]) -> list[Any]:
                     "Call each method in all processes."
                 )
             )
-    return [pickle.loads(each.data) for each in messages]
+    return [each.value for each in messages]
 
 
 def _padded(data: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
@@ -243,6 +243,9 @@ def in_step(method: str) -> Iterator[None]:
         raise
     finally:
         _state.methods.pop()
+        if not _state.methods:
+            # A program may have failed before an exchange could raise it.
+            _state.noted = None
 
 
 def _is_of_runtime(error: Exception) -> bool:
@@ -254,7 +257,7 @@ def _is_of_runtime(error: Exception) -> bool:
 def tell(error: Exception) -> None:
     """Tells the other processes, in their next exchange, that this one raises an error."""
     _shared(error)
-    _exchange(describe(error), b"")
+    _exchange(describe(error), None)
 
 
 def note(error: Exception) -> None:

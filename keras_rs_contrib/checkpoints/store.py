@@ -201,9 +201,8 @@ class Store:
         """
         path = self._partial_path_of(place)
         failure: Exception | None = None
-        if self._is_one_of_several:
-            # All have ended the last one, which may have failed.
-            agreement.largest(False)
+        # All have ended the last one, which may have failed.
+        processes.gather(None)
         if self._is_first:
             self.remove_incomplete()
             try:

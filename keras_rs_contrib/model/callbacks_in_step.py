@@ -39,15 +39,14 @@ def callbacks_in_step(callbacks: Any) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         for callback in {id(each): each for each in with_callbacks(callbacks)}.values():
-            for names, replace in ((BATCH_HOOKS, _noting), (OTHER_HOOKS, _in_step)):
-                for name in names:
-                    own = vars(callback)
-                    if name not in own and getattr(type(callback), name) is getattr(keras.callbacks.Callback, name):
-                        continue
-                    hook = getattr(callback, name)
-                    # Some callbacks of Keras keep their functions in the instance.
-                    stack.callback(own.__setitem__ if name in own else own.pop, name, hook)
-                    setattr(callback, name, replace(hook))
+            own = vars(callback)
+            for name in (*BATCH_HOOKS, *OTHER_HOOKS):
+                if name not in own and getattr(type(callback), name) is getattr(keras.callbacks.Callback, name):
+                    continue
+                hook = getattr(callback, name)
+                # Some callbacks of Keras keep their functions in the instance.
+                stack.callback(own.__setitem__ if name in own else own.pop, name, hook)
+                setattr(callback, name, (_noting if name in BATCH_HOOKS else _in_step)(hook))
         yield
 
 

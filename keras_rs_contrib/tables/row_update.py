@@ -193,28 +193,8 @@ def _with_rows_updated(
         learning_rate: float32 scalar.
         step: float32 scalar.
     """
-    num_rows = table.embeddings.shape[0]
-    num_ids = row_ids.shape[0]
-    if num_rows <= ROWS_PER_ID * num_ids:
-        return _with_all_rows_updated(table, row_ids, gradients, optimizer, learning_rate, step)
-    order = jnp.argsort(row_ids)
-    sorted_ids = row_ids[order]
-    is_first = jnp.concatenate([jnp.ones(min(num_ids, 1), "bool"), sorted_ids[1:] != sorted_ids[:-1]])
-    place = jnp.cumsum(is_first) - 1
-    gradients = (
-        jnp.zeros(gradients.shape, "float32").at[place].add(gradients[order].astype("float32"), indices_are_sorted=True)
-    )
-    # Unique, ascending row ids, followed by unique ids out of range: the scatters below rely on both properties.
-    unique_ids = (num_rows + jnp.arange(num_ids, dtype="int32")).at[place].set(sorted_ids, indices_are_sorted=True)
-
-    def rows_of(array: Any) -> Any:
-        return array.at[unique_ids].get(mode="fill", fill_value=0).astype("float32")
-
-    def with_rows(array: Any, rows: Any) -> Any:
-        return array.at[unique_ids].set(
-            rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-        )
-
+    is_small = table.embeddings.shape[0] <= ROWS_PER_ID * row_ids.shape[0]
+    rows_of, with_rows, gradients = (_all_rows if is_small else _rows_of_ids)(table, row_ids, gradients)
     rows, slots = optimizer.update(
         rows_of(table.embeddings),
         {name: rows_of(slot) for name, slot in table.slots.items()},
@@ -228,25 +208,45 @@ def _with_rows_updated(
     )
 
 
-def _with_all_rows_updated(
-    table: Table, row_ids: Any, gradients: Any, optimizer: RowOptimizer, learning_rate: Any, step: Any
-) -> Table:
-    """Does what `_with_rows_updated` does, by an update of all rows, of which those in the batch are kept."""
+def _rows_of_ids(table: Table, row_ids: Any, gradients: Any) -> tuple[Callable[[Any], Any], Callable[..., Any], Any]:
+    """Returns what reads the rows of unique ids, what writes them, and the sum of the gradients of each."""
+    num_rows = table.embeddings.shape[0]
+    num_ids = row_ids.shape[0]
+    order = jnp.argsort(row_ids)
+    sorted_ids = row_ids[order]
+    is_first = jnp.concatenate([jnp.ones(min(num_ids, 1), "bool"), sorted_ids[1:] != sorted_ids[:-1]])
+    place = jnp.cumsum(is_first) - 1
+    sums = (
+        jnp.zeros(gradients.shape, "float32").at[place].add(gradients[order].astype("float32"), indices_are_sorted=True)
+    )
+    # Unique, ascending row ids, followed by unique ids out of range: the scatters below rely on both properties.
+    unique_ids = (num_rows + jnp.arange(num_ids, dtype="int32")).at[place].set(sorted_ids, indices_are_sorted=True)
+
+    def rows_of(array: Any) -> Any:
+        return array.at[unique_ids].get(mode="fill", fill_value=0).astype("float32")
+
+    def with_rows(array: Any, rows: Any) -> Any:
+        return array.at[unique_ids].set(
+            rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    return rows_of, with_rows, sums
+
+
+def _all_rows(table: Table, row_ids: Any, gradients: Any) -> tuple[Callable[[Any], Any], Callable[..., Any], Any]:
+    """Returns what `_rows_of_ids` does, for all rows, of which those of other ids are not written."""
     num_rows = table.embeddings.shape[0]
     in_batch = jnp.zeros((num_rows, 1), "bool").at[row_ids].set(True, mode="drop")
     sums = jnp.zeros((num_rows, gradients.shape[1]), "float32")
     sums = sums.at[row_ids].add(gradients.astype("float32"), mode="drop")
-    rows, slots = optimizer.update(
-        table.embeddings.astype("float32"), table.slots, optimizer.clip(sums), learning_rate, step
-    )
+
+    def rows_of(array: Any) -> Any:
+        return array.astype("float32")
 
     def with_rows(array: Any, rows: Any) -> Any:
         return jnp.where(in_batch, rows.astype(array.dtype), array)
 
-    return Table(
-        with_rows(table.embeddings, rows),
-        {name: with_rows(slot, slots[name]) for name, slot in table.slots.items()},
-    )
+    return rows_of, with_rows, sums
 
 
 def _local_ids(row_ids: Any, num_rows: int, row_axis: str) -> Any:
