@@ -19,11 +19,14 @@ import numpy as np
 
 from keras_rs_contrib import processes
 from keras_rs_contrib.checkpoints import agreement
+from keras_rs_contrib.checkpoints.barrier import Barrier
 from keras_rs_contrib.checkpoints.plain_values import Array
 from keras_rs_contrib.checkpoints.snapshot import Snapshot, are_on_cpus
 
 # Few enough that they stay in the cache of the processor.
 BLOCK_BYTES = 1 << 20
+# For which a process waits for another one to write its part.
+TIMEOUT_SECONDS = 1200
 # Of the threads that write, from 0 for that of training to 19 for the lowest.
 PRIORITY = 15
 
@@ -66,10 +69,13 @@ class Store:
         handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
         self._args = checkpoint.args
         self._restore_args = checkpoint.ArrayRestoreArgs
-        self._checkpointer = checkpoint.AsyncCheckpointer(handler)
         # A thread of its own does not know the distribution in force.
         self._is_first = processes.is_first()
-        self._is_one_of_several = processes.num_processes() > 1
+        self._barrier = Barrier() if processes.num_processes() > 1 else None
+        options = checkpoint.options.AsyncOptions(
+            timeout_secs=TIMEOUT_SECONDS, barrier_sync_fn=self._barrier and self._barrier.wait
+        )
+        self._checkpointer = checkpoint.AsyncCheckpointer(handler, async_options=options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", _lower_priority)
         self._snapshot = Snapshot()
         self._pending: concurrent.futures.Future[None] | None = None
@@ -161,7 +167,7 @@ class Store:
         if on_cpus:
             tree = dict(zip(tree, self._snapshot.of(list(tree.values())), strict=True))
         self._pending_place = place
-        if on_cpus and not self._is_one_of_several:
+        if on_cpus and self._barrier is None:
             self._pending = self._thread.submit(self._finish, place, info, arrays, tree)
             return error
         # Orbax copies arrays of other devices before it returns, and lets the processes wait for one another.
@@ -201,8 +207,9 @@ class Store:
         """
         path = self._partial_path_of(place)
         failure: Exception | None = None
-        # All have ended the last one, which may have failed.
-        processes.gather(None)
+        if self._barrier is not None:
+            # All have ended the last one, which may have failed.
+            self._barrier.begin()
         if self._is_first:
             self.remove_incomplete()
             try:
@@ -218,8 +225,7 @@ class Store:
             self._checkpointer.save(path / "state", args=self._args.PyTreeSave(tree))
         except Exception as error:
             # Orbax reports a full disk as one of several types.
-            if not self._is_one_of_several:
-                shutil.rmtree(path, ignore_errors=True)
+            self._give_up(path, error)
             return error
         return None
 
@@ -240,29 +246,28 @@ class Store:
             if failure is not None:
                 raise failure
             self._checkpointer.wait_until_finished()
-            if not self._is_first:
-                return
-            info = {
-                **info,
-                "array_dtypes": [array.dtype.str if array.dtype.kind != "V" else array.dtype.name for array in arrays],
-            }
-            # A file of NumPy does not hold bfloat16.
-            np.savez(
-                path / "arrays.npz",
-                *(each.view(f"u{each.itemsize}") if each.dtype.kind == "V" else each for each in arrays),
-            )
-            (path / "info.json").write_text(json.dumps(info))
-            (path / "checksums.json").write_text(json.dumps(_checksums(path)))
-            path.rename(self.path_of(place))
-        except BaseException:
-            # Other processes may still be writing, and would wait for their files. The next checkpoint removes them.
-            if self._is_first and not self._is_one_of_several:
-                shutil.rmtree(path, ignore_errors=True)
+            if self._is_first:
+                _write_info(path, info, arrays)
+                path.rename(self.path_of(place))
+            if self._barrier is not None:
+                self._barrier.wait(key="complete", timeout_ms=1000 * TIMEOUT_SECONDS)
+        except BaseException as error:
+            self._give_up(path, error)
             raise
+        if not self._is_first:
+            return
         for old in self.places()[: -self.keep]:
             # Without a checksum, a folder that is removed by half does not count.
             (self.path_of(old) / "checksums.json").unlink(missing_ok=True)
             shutil.rmtree(self.path_of(old), ignore_errors=True)
+
+    def _give_up(self, path: pathlib.Path, error: BaseException) -> None:
+        """Lets the other processes fail too, or removes the files of a checkpoint that has failed."""
+        if self._barrier is not None:
+            # Others may still be writing, and would wait for their files. The next checkpoint removes them.
+            self._barrier.fail(error)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def import_orbax() -> Any:
@@ -304,6 +309,16 @@ def fault_of(path: pathlib.Path) -> str | None:
         if _crc(file) != checksum:
             return f"the file {name!r} differs from its checksum"
     return None
+
+
+def _write_info(path: pathlib.Path, info: dict[str, Any], arrays: list[Array]) -> None:
+    """Writes what is saved beside the variables, and the checksums of all files."""
+    dtypes = [array.dtype.str if array.dtype.kind != "V" else array.dtype.name for array in arrays]
+    # A file of NumPy does not hold bfloat16.
+    plain = [array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array for array in arrays]
+    np.savez(path / "arrays.npz", *plain)
+    (path / "info.json").write_text(json.dumps({**info, "array_dtypes": dtypes}))
+    (path / "checksums.json").write_text(json.dumps(_checksums(path)))
 
 
 def _lower_priority() -> None:

@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import sys
 import traceback
@@ -225,6 +226,18 @@ def with_errors(folder, model, data, process, num_processes):
     return errors_of(calls), model.fit(data, batch_size=BATCH_SIZE, shuffle=False).history
 
 
+def with_failed_writes(folder, model, data, is_last):
+    """How many checkpoints there are after a training in which the last process cannot write, and after another one."""
+    counts, (limit, highest) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0 if is_last else limit, limit):
+        # In bytes, of any file.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, highest))
+        checkpoints = TrainingCheckpoint(folder / "checkpoints", every_epochs=1)
+        model.fit(data, batch_size=BATCH_SIZE, epochs=2, callbacks=[checkpoints])
+        counts.append(len(list((folder / "checkpoints").glob("epoch-*"))))
+    return counts
+
+
 def main(folder):
     keras.distribution.initialize()
     process, num_processes = jax.process_index(), jax.process_count()
@@ -240,6 +253,7 @@ def main(folder):
         model, data, result = same_for_all(folder)
         result["lists"].append(load_model(folder / "one.keras").recommend(QUERIES).ids)
         result["errors"], result["after"] = with_errors(folder, model, data, process, num_processes)
+        result["checkpoints"] = with_failed_writes(folder, model, data, process == num_processes - 1)
     (folder / f"{process}.pickle").write_bytes(pickle.dumps(result))
 
 

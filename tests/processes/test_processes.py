@@ -97,6 +97,9 @@ def test_two_processes_with_the_same_data_equal_one_process(tmp_path):
     assert results[0]["after"] == results[1]["after"]
     assert np.isfinite(results[0]["after"]["loss"]).all()
 
+    assert output.count("A checkpoint must be written as a whole. Received: OSError: Process 1 has failed: ") == 2
+    assert [found["checkpoints"] for found in results] == [[0, 2], [0, 2]]
+
 
 @pytest.mark.slow
 def test_four_processes_with_their_own_data_equal_one_process(tmp_path):
