@@ -183,7 +183,8 @@ def _probability(state: dict[str, Any], rows: Any, window: float) -> Any:
     Returns:
         `[batch]` float32.
     """
-    share = ops.multiply(ops.take(state["share"], rows, axis=0), ops.exp(_age(state, rows, window)))
+    age = _age(ops.take(state["updated_at"], rows, axis=0), state["now"], window)
+    share = ops.multiply(ops.take(state["share"], rows, axis=0), ops.exp(age))
     return ops.divide_no_nan(share, state["total"])
 
 
@@ -207,9 +208,11 @@ def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -
     batch_age = ops.divide(num_counted, -window)
     # The weight of the batch in the average, `1 - exp(-n / window)`. All its examples have the same part of it.
     gain = ops.negative(ops.expm1(batch_age))
-    gained = ops.multiply(_sum_of_equals(rows, counted), ops.divide_no_nan(gain, num_counted))
-    share, error = ops.take(state["share"], rows, axis=0), ops.take(state["share_error"], rows, axis=0)
-    age = ops.add(_age(state, rows, window), batch_age)
+    counts = _sum_of_equals(rows, counted)
+    gained = ops.multiply(counts, ops.divide_no_nan(gain, num_counted))
+    before = {name: ops.take(state[name], rows, axis=0) for name in ("share", "share_error", "updated_at")}
+    share, error = before["share"], before["share_error"]
+    age = ops.add(_age(before["updated_at"], state["now"], window), batch_age)
     # A share that has decayed a lot is more exact as a product with `exp(age)` than as a sum with its change.
     is_old = ops.less(age, -0.5)
     sum_if_old = ops.add(ops.multiply(share, ops.exp(age)), gained)
@@ -218,24 +221,23 @@ def _with_batch(state: dict[str, Any], rows: Any, counted: Any, window: float) -
     change = ops.multiply(gain, ops.subtract(1.0, state["total"]))
     total, total_error = _add_compensated(state["total"], state["total_error"], change)
     now = ops.add(state["now"], ops.cast(num_counted, "int32"))
+    after = {"share": share, "share_error": error, "updated_at": now}
     places = ops.expand_dims(rows, 1)
-    # If a row occurs twice, both updates write the same value.
-    return {
-        "share": ops.scatter_update(state["share"], places, share),
-        "share_error": ops.scatter_update(state["share_error"], places, error),
-        "updated_at": ops.scatter_update(state["updated_at"], places, ops.broadcast_to(now, ops.shape(rows))),
-        "now": now,
-        "total": total,
-        "total_error": total_error,
+    # If a row occurs twice, both updates write the same value. Padding writes what it has read. As each value that is
+    # written depends on the one before, XLA reads first, and writes in place. Otherwise, it would copy the whole state.
+    rows_after = {
+        name: ops.scatter_update(state[name], places, ops.where(ops.greater(counts, 0.0), after[name], before[name]))
+        for name in before
     }
+    return {**rows_after, "now": now, "total": total, "total_error": total_error}
 
 
-def _age(state: dict[str, Any], rows: Any, window: float) -> Any:
+def _age(updated_at: Any, now: Any, window: float) -> Any:
     """Returns the exponent of the decay since the last update of each row.
 
     Formula: `-(now - updated_at[i]) / window`.
     """
-    elapsed = ops.cast(ops.subtract(state["now"], ops.take(state["updated_at"], rows, axis=0)), "uint32")
+    elapsed = ops.cast(ops.subtract(now, updated_at), "uint32")
     return ops.divide(ops.cast(elapsed, "float32"), -window)
 
 

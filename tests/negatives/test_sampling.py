@@ -1,3 +1,5 @@
+import re
+
 import jax
 import keras
 import numpy as np
@@ -337,3 +339,26 @@ def test_a_layout_map_that_does_not_fit_the_probabilities_raises():
     keras.distribution.set_distribution(model_parallel(pattern=".*sampling.*"))
     with pytest.raises(ValueError, match=r"as many axes.*\('model', None\) for 'sampling/share'.*layout map"):
         StreamingSamplingProbability(4, name="sampling")
+
+
+def test_a_step_writes_the_state_in_place():
+    """A copy would let a step take longer, the more candidates there are."""
+    layer = StreamingSamplingProbability(1009)
+
+    def step(state, ids):
+        return layer.stateless_call([], state, ids, training=True)
+
+    state = [variable.value for variable in layer.non_trainable_variables]
+    program = jax.jit(step, donate_argnums=0).lower(state, np.zeros(16, "int32")).compile().as_text()
+    assert "[1009]" in program
+    assert not re.findall(r"\[1009\]\S* copy\(", program)
+
+
+def test_padding_leaves_the_estimate_as_it_was():
+    layer = StreamingSamplingProbability(10, window=100)
+    layer(np.array([2, 3]), training=True)
+    before = keras.tree.map_structure(keras.ops.convert_to_numpy, [layer.share.value, layer.updated_at.value])
+    layer(np.array([2, 5, 3]), candidate_mask=np.array([False, True, False]), training=True)
+    after = [keras.ops.convert_to_numpy(value) for value in (layer.share.value, layer.updated_at.value)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.delete(new, 5), np.delete(old, 5))
