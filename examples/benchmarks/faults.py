@@ -36,6 +36,7 @@ flags.DEFINE_integer("epochs", 15, "Epochs of a training in one process.")
 flags.DEFINE_integer("epochs_of_several", 3, "Epochs of a training in several processes, whose steps take longer.")
 flags.DEFINE_integer("dimension", 16, "Embedding dimension. Another one is another model.")
 flags.DEFINE_integer("max_file_bytes", 0, "The largest file that a training can write after its first epoch, or 0.")
+flags.DEFINE_integer("limited_process", -1, "The process to which the limit on files applies, or -1 for all.")
 flags.DEFINE_integer("nan_epoch", 0, "The epoch, from 1, in which a table becomes infinite and the loss NaN, or 0.")
 flags.DEFINE_integer("num_processes", 1, "Processes of a training.")
 flags.DEFINE_integer("process_id", 0, "Number of this one, from 0.")
@@ -80,7 +81,7 @@ def train():
                 self.model.query_tower.embeddings.assign(np.full((NUM_PADDED_ROWS, FLAGS.dimension), np.inf))
 
         def on_epoch_end(self, epoch, logs=None):
-            if FLAGS.max_file_bytes:
+            if FLAGS.max_file_bytes and FLAGS.limited_process in (-1, FLAGS.process_id):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FLAGS.max_file_bytes, FLAGS.max_file_bytes))
 
     if FLAGS.num_processes > 1:
@@ -279,6 +280,14 @@ class Trials:
             is_warned = "A checkpoint must be written as a whole" in outputs[0]
             held = checksum == self.expected and is_warned and bool(kept) and not is_writing(directory)
             self.report(f"full disk: {limit}", held, f"training is complete, a warning, {kept} remain")
+        if self.num_processes == 1:
+            return
+        limits = {"max_file_bytes": 100_000, "limited_process": self.num_processes - 1}
+        _, checksum, outputs = self.program("limited", every_steps=75 * self.epochs, **limits).end()
+        kept = sorted(path.name for path in (self.folder / "limited").glob("epoch-*"))
+        is_warned = f"Received: OSError: Process {self.num_processes - 1} has failed" in outputs[0]
+        held = checksum == self.expected and is_warned and bool(kept)
+        self.report("one process cannot write after epoch 1", held, f"training is complete, a warning, {kept} remain")
 
     def folders(self):
         """Damages a checkpoint, and uses the folder of another training, or one where nothing can be written."""
