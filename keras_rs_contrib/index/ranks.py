@@ -11,7 +11,8 @@ from keras import ops
 
 from keras_rs_contrib.index.candidate_rows import excluded_in_block, included_columns, rows_in_shard, split_of
 from keras_rs_contrib.index.exchange import Exchange, on_shards
-from keras_rs_contrib.index.score_blocks import Search, compiled, in_blocks, score_block, to_keys
+from keras_rs_contrib.index.rank_counts import MIN_THRESHOLDS, counts_in_passes, counts_in_tiles
+from keras_rs_contrib.index.score_blocks import Search, compiled, in_blocks, platform_of, score_block, to_keys
 from keras_rs_contrib.scores import score_matrix
 
 
@@ -61,8 +62,7 @@ def ranks(
         exclude_rows = exchange.all_queries(exclude_rows)
         num_rows = shard.shape[0]
         first_row = exchange.first_row(num_rows)
-        rows = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-        is_candidate = rows < search.num_candidates - first_row
+        is_candidate = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0) < search.num_candidates - first_row
         included = rows_in_shard(exchange, included, first_row, num_rows, search.num_candidates)
 
         def count_in_block(block: Any, target_rows: Any, exclude_rows: Any, included: Any) -> Any:
@@ -85,15 +85,10 @@ def ranks(
                     jnp.nan, mode="drop", wrap_negative_indices=False
                 )
 
-            def count(target: tuple[Any, Any]) -> Any:
-                key, row = target
-                before = (keys > key) | ((keys == key) & (rows < row))
-                count = jnp.sum(before & counts, axis=0, dtype=jnp.int32)
-                return jnp.where(key == -jnp.inf, rank_of_none, count)
-
-            if target_rows.shape[1] == 1:
-                return count((target_keys[:, 0], own_rows[:, 0]))[:, None]
-            return lax.map(count, (target_keys.T, own_rows.T)).T
+            in_tiles = target_rows.shape[1] >= MIN_THRESHOLDS and platform_of(search) == "cpu"
+            count = counts_in_tiles if in_tiles else counts_in_passes
+            result = count(keys, counts, target_keys.T, own_rows.T).T
+            return jnp.where(target_keys == -jnp.inf, rank_of_none, result)
 
         return exchange.total(in_blocks(count_in_block, num_rows, search, queries, target_rows, exclude_rows, included))
 

@@ -185,13 +185,13 @@ def test_ranks_of_several_candidates_match_ranks_of_each_candidate(rng, name):
     index = shard_candidates(brute_force(), tower, candidate_ids=names, exclude_ids=own, mesh_axis=mesh_axis)
     queries = rng.normal(size=(22, 4)).astype("float32")
     exclude_ids = np.concatenate([rng.choice(names, (22, 3)), np.full((22, 1), -1)], axis=1)
-    ids = rng.choice(names, (22, 3))
+    ids = rng.choice(names, (22, 9))
     ids[rng.random(ids.shape) < 0.2] = -1
     ids[0] = ids[0, 0]
     # Excluded candidates: one by the index, and one by its query.
     ids[1, 0], ids[2, 0] = own[1], exclude_ids[2, 1]
     ranks = index.ranks(queries, ids, exclude_ids=exclude_ids)
-    assert (ranks.dtype, ranks.shape) == ("int32", (22, 3))
+    assert (ranks.dtype, ranks.shape) == ("int32", (22, 9))
     ranks = np.asarray(ranks)
     arguments = {"ids": names.tolist(), "exclude_ids": own.tolist(), "exclude_ids_by_query": exclude_ids}
     for column, wanted in enumerate(ids.T):

@@ -191,6 +191,10 @@ def check_against_the_reference(case, num_shards, over_batch_axis, block_size, e
     ranks = exact_ranks(queries, on_mesh, targets.astype("int32"), search, exclude_rows, excluded)
     expected_ranks = np.array(reference.ranks(queries, table, known[targets].tolist(), **arguments))
     np.testing.assert_array_equal(np.asarray(ranks)[keep], expected_ranks[keep])
+    # Many targets are counted together.
+    many = np.repeat(targets[:, None].astype("int32"), 9, axis=1)
+    many_ranks = exact_ranks(queries, on_mesh, many, search, exclude_rows, excluded)
+    np.testing.assert_array_equal(many_ranks, np.repeat(np.asarray(ranks)[:, None], 9, axis=1))
 
 
 RANDOM = settings(
@@ -259,6 +263,8 @@ def test_ranks_agree_with_top_k_for_rounded_scores(rng):
         _, ids = searches.top_k(queries, on_mesh, 300, search)
         for place in (0, 1, 50, 299):
             np.testing.assert_array_equal(exact_ranks(queries, on_mesh, ids[:, place], search), [place] * 70)
+        # Many targets are counted together.
+        np.testing.assert_array_equal(exact_ranks(queries, on_mesh, ids, search), [np.arange(300)] * 70)
 
 
 @pytest.mark.parametrize(("num_queries", "num_rows"), [(1, 5), (70, 37), (70, 1_683), (2, 4_099)])
