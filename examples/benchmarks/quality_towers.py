@@ -1,0 +1,129 @@
+"""The two-tower models of `quality.py`."""
+
+import dataclasses
+
+import keras
+import keras_rs
+import numpy as np
+import quality_data
+
+from keras_rs_contrib import (
+    DistributedTwoTowerTask,
+    HistoryTower,
+    StreamingSamplingProbability,
+    TwoTowerModel,
+    shard_candidates,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of a model.
+
+    Attributes:
+        objective: `"rating"`, as in the tutorial, or `"retrieval"`, an in-batch softmax with log-q correction.
+        query: what the query tower knows: `"user"`, `"history"`, or both, `"user+history"`.
+    """
+
+    objective: str = "retrieval"
+    query: str = "user"
+    encoder: str = "mean"
+    max_length: int = 100
+    dropout: float = 0.0
+    query_dropout: float = 0.0
+    embedding_dim: int = 128
+    initial_scale: float = 0.01
+    similarity: str = "cosine"
+    temperature: float = 0.2
+    optimizer: str = "adam"
+    learning_rate: float = 0.003
+    weight_decay: float = 0.0
+    decays: bool = True
+    batch_size: int = 500
+    epochs: int = 10
+
+
+def ranks_of(split, seed, settings):
+    """Returns the ranks of the held-out items under a trained model: `[num_queries, m]` int32, -1 for none."""
+    keras.utils.set_random_seed(seed)
+    features = _features(split, seed, settings)
+    model = _model(split, settings)
+    model.fit(features, batch_size=settings.batch_size, epochs=settings.epochs, verbose=0)
+    queries = {"user": split.users}
+    if "history" in settings.query:
+        queries["history"] = quality_data.known_items(split, settings.max_length, _rng(split, seed))
+    queries = {name: queries[name] for name in settings.query.split("+")}
+    embeddings = model.query_tower(queries if len(queries) > 1 else queries[settings.query])
+    return np.asarray(model.retrieval.ranks(embeddings, split.held_out, exclude_ids=split.seen()))
+
+
+def _rng(split, seed):
+    """Returns what draws the order of histories, or `None` if it is that of time."""
+    return None if split.has_order else np.random.default_rng(seed)
+
+
+def _features(split, seed, settings):
+    train = split.train
+    features = {}
+    if "history" in settings.query:
+        train, features["history"] = quality_data.histories(train, settings.max_length, _rng(split, seed))
+    features |= {"user": train.users, "item": train.items}
+    if settings.objective == "rating":
+        features["rating"] = train.ratings
+    if split.has_order and "history" in settings.query:
+        # The first item of a user has nothing before it.
+        rows = features["history"][:, -1] >= 0
+        features = {name: values[rows] for name, values in features.items()}
+    if "user" not in settings.query:
+        del features["user"]
+    return features
+
+
+def _model(split, settings):
+    def table(num_rows):
+        scale = keras.initializers.RandomUniform(-settings.initial_scale, settings.initial_scale)
+        return keras.layers.Embedding(num_rows, settings.embedding_dim, embeddings_initializer=scale)
+
+    train = split.train
+    items, users = table(train.num_items), table(train.num_users)
+    tower, features = users, "user"
+    if "history" in settings.query:
+        has_row = settings.query == "user+history"
+        features = ["user", "history"] if has_row else "history"
+        tower = HistoryTower(
+            items,
+            "history",
+            encoder=settings.encoder,
+            query_table=users if has_row else None,
+            query_feature="user" if has_row else None,
+            query_dropout=settings.query_dropout,
+            dropout=settings.dropout,
+            max_length=settings.max_length,
+        )
+    is_retrieval = settings.objective == "retrieval"
+    counts = np.bincount(train.items, minlength=train.num_items)
+    model = TwoTowerModel(
+        tower,
+        items,
+        query_features=features,
+        candidate_features="item",
+        label=None if is_retrieval else "rating",
+        task=DistributedTwoTowerTask(
+            similarity=settings.similarity,
+            temperature=settings.temperature,
+            remove_accidental_hits=is_retrieval,
+        ),
+        retrieval=shard_candidates(keras_rs.layers.BruteForceRetrieval(k=10), items, similarity=settings.similarity),
+        sampling_probability=StreamingSamplingProbability(train.num_items, counts=counts) if is_retrieval else None,
+        corpus_metrics=[],
+    )
+    rate = settings.learning_rate
+    if settings.decays:
+        rate = keras.optimizers.schedules.CosineDecay(
+            rate, settings.epochs * -(-len(train.items) // settings.batch_size)
+        )
+    if settings.optimizer == "adagrad":
+        model.compile(keras.optimizers.Adagrad(rate))
+    else:
+        model.compile(keras.optimizers.Adam(rate, weight_decay=settings.weight_decay or None))
+    return model
