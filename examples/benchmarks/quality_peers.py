@@ -1,5 +1,7 @@
 """The simple methods with which `quality.py` compares towers. Each returns `[num_queries, num_items]` scores."""
 
+import warnings
+
 import numpy as np
 
 
@@ -9,19 +11,13 @@ def popularity(split, seed):
     return np.broadcast_to(counts, (len(split.users), len(counts)))
 
 
-def _interactions(split):
-    matrix = np.zeros((split.train.num_users, split.train.num_items), "float32")
-    matrix[split.train.users, split.train.items] = 1
-    return matrix
-
-
 def item_knn(split, seed, neighbors, shrink):
     """The sum of the similarities of an item to the items that a user has chosen.
 
     Formula: `s[i, j] = n[i, j] / (sqrt(n[i] * n[j]) + shrink)`, where `n` counts users, for the `neighbors` most
     similar items of each item. Source: M. Ferrari Dacrema et al., "Are we really making much progress?", RecSys 2019.
     """
-    matrix = _interactions(split)
+    matrix = split.train.matrix()
     together = matrix.T @ matrix
     counts = np.diag(together).copy()
     similarity = together / (np.sqrt(np.outer(counts, counts)) + shrink + 1e-9)
@@ -35,7 +31,7 @@ def item_knn(split, seed, neighbors, shrink):
 
 def ease(split, seed, regularization):
     """EASE: H. Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019, in closed form."""
-    matrix = _interactions(split)
+    matrix = split.train.matrix()
     gram = matrix.T @ matrix
     gram[np.diag_indices_from(gram)] += regularization
     inverse = np.linalg.inv(gram)
@@ -49,8 +45,11 @@ def als(split, seed, factors, regularization, alpha):
     from implicit.als import AlternatingLeastSquares
     from scipy.sparse import csr_matrix
 
-    model = AlternatingLeastSquares(factors, regularization=regularization, alpha=alpha, random_state=seed)
-    model.fit(csr_matrix(_interactions(split)), show_progress=False)
+    with warnings.catch_warnings():
+        # It would be faster if NumPy had one thread.
+        warnings.filterwarnings("ignore", "OpenBLAS is configured", RuntimeWarning)
+        model = AlternatingLeastSquares(factors, regularization=regularization, alpha=alpha, random_state=seed)
+    model.fit(csr_matrix(split.train.matrix()), show_progress=False)
     if split.are_new:
         known = csr_matrix(split.matrix())
         users = model.recalculate_user(np.arange(len(split.users)), known)

@@ -283,10 +283,7 @@ def import_orbax() -> Any:
 
 
 def _check_free_space(path: pathlib.Path, num_bytes: int) -> None:
-    """Raises `OSError` if a file system has no space for a checkpoint, before Orbax fails in the middle of one.
-
-    One of several processes that fails then leaves the others waiting.
-    """
+    """Raises `OSError` if a file system has no space for a checkpoint, before all of them write a part of it."""
     total, _, free = shutil.disk_usage(path)
     # Some network file systems do not know their size.
     if total and free < num_bytes:
