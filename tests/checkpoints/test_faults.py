@@ -230,7 +230,8 @@ def test_a_checkpoint_holds_the_values_of_its_step_while_training_goes_on(tmp_pa
     arguments = {"x": rows, "y": targets, "batch_size": 4, "shuffle": False, "verbose": 0}
     model.fit(**arguments, callbacks=[TrainingCheckpoint(tmp_path, every_steps=1, keep=99), note])
     names = names_of(tmp_path)
-    assert len(names) > 2
+    # How many of the others are written depends on the disk.
+    assert {"epoch-0-batch-1", "epoch-1-batch-0"} <= set(names)
     for name in names:
         variables = json.loads((tmp_path / name / "info.json").read_text())["variables"]
         # Read with Orbax alone.
