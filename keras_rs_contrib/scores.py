@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-SIMILARITIES = ("dot", "cosine")
+SIMILARITIES = ("dot", "cosine", "biased_cosine")
 
 
 def check_similarity(similarity: str) -> str:
@@ -14,33 +14,67 @@ def check_similarity(similarity: str) -> str:
     if similarity not in SIMILARITIES:
         raise ValueError(
             f"`similarity` must be one of {SIMILARITIES}. Received: similarity={similarity!r}. "
-            'Use "dot" for the inner product, "cosine" for the inner product of L2-normalized embeddings.'
+            'Use "dot" for the inner product, "cosine" for the inner product of L2-normalized embeddings, '
+            '"biased_cosine" for the cosine plus a bias, the last element of a candidate embedding.'
         )
     return similarity
 
 
-def to_comparable(embeddings: Any, similarity: str) -> Any:
-    """Returns float32 embeddings whose inner products are scores.
+def comparable_queries(embeddings: Any, similarity: str) -> Any:
+    """Returns float32 queries whose inner products with comparable candidates are scores.
 
-    Formula: `e` for `"dot"`, `e / ||e||` for `"cosine"`.
+    Formula: `q` for `"dot"`, `q / ||q||` for `"cosine"`, `[q' / ||q'||, 1]` for `"biased_cosine"`, where `q'` is `q`
+    without its last element.
 
     Args:
         embeddings: `[..., embedding_dim]` float embeddings of any precision.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: one of `SIMILARITIES`.
+
+    Returns:
+        float32, shape of `embeddings`. A zero embedding stays zero, but for the 1 of `"biased_cosine"`.
+    """
+    embeddings = ops.cast(embeddings, "float32")
+    if similarity == "dot":
+        return embeddings
+    result = ops.multiply(embeddings, inverse_norm(squared_norm(embeddings, similarity)))
+    return ops.where(is_bias(embeddings.shape[-1]), 1.0, result) if similarity == "biased_cosine" else result
+
+
+def comparable_candidates(embeddings: Any, similarity: str) -> Any:
+    """Returns float32 candidates whose inner products with comparable queries are scores.
+
+    Formula: `c` for `"dot"`, `c / ||c||` for `"cosine"`, `[c' / ||c'||, b]` for `"biased_cosine"`, where `c = [c', b]`.
+
+    Args:
+        embeddings: `[..., embedding_dim]` float embeddings of any precision.
+        similarity: one of `SIMILARITIES`.
 
     Returns:
         float32, shape of `embeddings`. A zero embedding stays zero.
     """
     embeddings = ops.cast(embeddings, "float32")
-    if similarity == "cosine":
-        squared_norm = ops.sum(ops.square(embeddings), axis=-1, keepdims=True)
-        embeddings = ops.multiply(embeddings, inverse_norm(squared_norm))
-    return embeddings
+    if similarity == "dot":
+        return embeddings
+    result = ops.multiply(embeddings, inverse_norm(squared_norm(embeddings, similarity)))
+    return ops.where(is_bias(embeddings.shape[-1]), embeddings, result) if similarity == "biased_cosine" else result
 
 
-def inverse_norm(squared_norm: Any) -> Any:
-    """Returns the factor that normalizes an embedding, finite for a zero embedding."""
-    return ops.rsqrt(ops.maximum(squared_norm, 1e-12))
+def is_bias(embedding_dim: int) -> Any:
+    """Returns which elements of an embedding are its bias under `"biased_cosine"`: the last one."""
+    return ops.equal(ops.arange(embedding_dim), embedding_dim - 1)
+
+
+def squared_norm(embeddings: Any, similarity: str) -> Any:
+    """Returns the squared norm of each embedding, without its bias under `"biased_cosine"`: `[..., 1]` float32."""
+    squares = ops.square(embeddings)
+    if similarity == "biased_cosine":
+        squares = ops.where(is_bias(embeddings.shape[-1]), 0.0, squares)
+    return ops.sum(squares, axis=-1, keepdims=True)
+
+
+def inverse_norm(squared_norms: Any) -> Any:
+    """Returns the factors that normalize embeddings, finite for a zero embedding."""
+    return ops.rsqrt(ops.maximum(squared_norms, 1e-12))
 
 
 def score_matrix(query_embeddings: Any, candidate_embeddings: Any, similarity: str) -> Any:
@@ -52,13 +86,13 @@ def score_matrix(query_embeddings: Any, candidate_embeddings: Any, similarity: s
         query_embeddings: `[num_queries, embedding_dim]`, or `[num_queries, num_heads, embedding_dim]`, where each
             candidate is scored by the query's best head.
         candidate_embeddings: `[num_candidates, embedding_dim]`.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: one of `SIMILARITIES`.
 
     Returns:
         `[num_queries, num_candidates]` float32.
     """
-    queries = to_comparable(query_embeddings, similarity)
-    candidates = to_comparable(candidate_embeddings, similarity)
+    queries = comparable_queries(query_embeddings, similarity)
+    candidates = comparable_candidates(candidate_embeddings, similarity)
     scores = ops.matmul(queries, ops.transpose(candidates))
     return scores if len(queries.shape) == 2 else ops.max(scores, axis=1)
 
@@ -71,13 +105,13 @@ def pairwise_scores(query_embeddings: Any, candidate_embeddings: Any, similarity
     Args:
         query_embeddings: `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`.
         candidate_embeddings: `[batch, embedding_dim]`.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: one of `SIMILARITIES`.
 
     Returns:
         `[batch]` float32.
     """
-    queries = to_comparable(query_embeddings, similarity)
-    candidates = to_comparable(candidate_embeddings, similarity)
+    queries = comparable_queries(query_embeddings, similarity)
+    candidates = comparable_candidates(candidate_embeddings, similarity)
     if len(queries.shape) == 2:
         return ops.sum(ops.multiply(queries, candidates), axis=-1)
     return ops.max(ops.sum(ops.multiply(queries, ops.expand_dims(candidates, 1)), axis=-1), axis=1)
@@ -91,13 +125,13 @@ def own_scores(query_embeddings: Any, candidate_embeddings: Any, similarity: str
     Args:
         query_embeddings: `[batch, embedding_dim]` or `[batch, num_heads, embedding_dim]`.
         candidate_embeddings: `[batch, n, embedding_dim]`.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: one of `SIMILARITIES`.
 
     Returns:
         `[batch, n]` float32.
     """
-    queries = to_comparable(query_embeddings, similarity)
-    candidates = to_comparable(candidate_embeddings, similarity)
+    queries = comparable_queries(query_embeddings, similarity)
+    candidates = comparable_candidates(candidate_embeddings, similarity)
     if len(queries.shape) == 2:
         queries = ops.expand_dims(queries, 1)
     return ops.max(ops.matmul(candidates, ops.swapaxes(queries, 1, 2)), axis=2)

@@ -7,10 +7,13 @@ import numpy as np
 
 def similarity_score(query, candidate, similarity="dot"):
     query, candidate = np.asarray(query, np.float64), np.asarray(candidate, np.float64)
-    if similarity == "cosine":
+    bias = 0.0
+    if similarity == "biased_cosine":
+        bias, query, candidate = candidate[-1], query[:-1], candidate[:-1]
+    if similarity != "dot":
         query, candidate = query / np.linalg.norm(query), candidate / np.linalg.norm(candidate)
     with np.errstate(invalid="ignore", over="ignore"):
-        return float(query @ candidate)
+        return float(query @ candidate + bias)
 
 
 def best_head_score(query, candidate, similarity="dot"):

@@ -46,7 +46,7 @@ class ExportedRetrieval:
     Attributes:
         features: the features of queries.
         k: the number of candidates to return.
-        similarity: `"dot"` or `"cosine"`, which normalizes queries; the candidates are normalized.
+        similarity: that of the index, for queries; the candidates are comparable already.
         query_id: the feature that tells queries apart, or `None`.
         candidate_names: names of candidate ids, by id from 1 on, or `None`.
         arrays: NumPy arrays by name. `table` `[n, embedding_dim]` float32, the candidates that may be returned, and

@@ -13,7 +13,7 @@ from keras_rs_contrib.ids import NO_CANDIDATE
 from keras_rs_contrib.index.score_blocks import BLOCK_SIZE, LOWEST
 from keras_rs_contrib.index.top_k import group_size
 from keras_rs_contrib.names import NO_ROW
-from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.scores import comparable_queries
 from keras_rs_contrib.vocabulary import UNKNOWN_ROW
 
 # The smallest number of candidates for which two levels are faster than one.
@@ -84,7 +84,7 @@ class Retrieval(tf.Module):  # type: ignore[misc]
         """
         rows = {name: self._rows(name, values) for name, values in features.items()}
         queries = self.embed({each.name: rows[each.name] for each in self.retrieval.features if each.is_of_tower})
-        queries = to_comparable(queries, self.retrieval.similarity)
+        queries = comparable_queries(queries, self.retrieval.similarity)
         batch = tf.shape(queries)[0]
         places = []
         if exclude_ids is not None:

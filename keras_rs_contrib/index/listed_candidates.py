@@ -21,7 +21,7 @@ from keras_rs_contrib.index.exchange import Exchange, gather_rows, on_shards
 from keras_rs_contrib.index.ranks import ranks
 from keras_rs_contrib.index.score_blocks import Search, compiled, in_blocks, to_keys
 from keras_rs_contrib.index.top_k import contains, results_of_rows, top_k
-from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.scores import comparable_candidates, comparable_queries
 
 
 @compiled
@@ -166,8 +166,8 @@ def _keys_of_lists(exchange: Exchange, queries: Any, rows: Any, shard: Any, sear
     own_rows = exchange.all_queries(rows) - exchange.first_row(num_rows)
 
     def keys_in_block(queries: Any, rows: Any) -> Any:
-        candidates = to_comparable(jnp.take(shard, rows, axis=0, mode="clip"), search.similarity)
-        queries = to_comparable(queries, search.similarity)
+        candidates = comparable_candidates(jnp.take(shard, rows, axis=0, mode="clip"), search.similarity)
+        queries = comparable_queries(queries, search.similarity)
         # A sum gives equal rows equal scores, which a product with a single query does not on a CPU. It is as fast:
         # the time goes into reading the rows.
         keys = to_keys(jnp.sum(candidates * queries[:, None], axis=-1))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from keras_rs_contrib.scores import inverse_norm, to_comparable
+from keras_rs_contrib.scores import comparable_candidates, comparable_queries, inverse_norm, is_bias, squared_norm
 from keras_rs_contrib.tables.layout import TableLayout
 
 # Scores in a block: 256 MiB.
@@ -43,7 +43,7 @@ class Search:
 
     Attributes:
         num_candidates: rows of the table that are candidates, the first ones; the others are padding.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: that of the task and the index.
         block_size: the number of scores that a device computes at once.
         recall_target: the expected share of the exact top-k to find on a TPU, in (0, 1]; `None`, and any other device,
             finds all.
@@ -100,7 +100,7 @@ def score_block(queries: Any, table: Any, search: Search) -> Any:
 
     Rows come first, so that the reductions over rows that follow run along whole vectors of queries.
     """
-    queries = to_comparable(queries, search.similarity)
+    queries = comparable_queries(queries, search.similarity)
 
     is_single = queries.shape[0] == 1
     if is_single and platform_of(search) == "cpu" and (_in_loop(table) or table.size > MAX_CHEAP_BUFFER):
@@ -108,7 +108,7 @@ def score_block(queries: Any, table: Any, search: Search) -> Any:
     multiply = _kernel if is_single else _multiply
 
     def product(rows: Any) -> Any:
-        return multiply(to_comparable(rows, search.similarity), queries)
+        return multiply(comparable_candidates(rows, search.similarity), queries)
 
     num_rows, dimension = table.shape
     num_converted = max(1, search.block_size // dimension)
@@ -186,16 +186,19 @@ def _scores_without_copy(table: Any, query: Any, similarity: str) -> Any:
     Args:
         table: `[num_rows, embedding_dim]` float.
         query: `[1, embedding_dim]` float32, comparable.
-        similarity: `"dot"` or `"cosine"`.
+        similarity: that of the task and the index.
     """
     in_loop = _in_loop(table)
     product = _loop if in_loop else _kernel
     rows = table.astype(jnp.float32)
     if similarity == "dot":
         return product(rows, query)
-    squares = jnp.square(rows)
-    squared_norms = _loop(squares, jnp.ones_like(query)) if in_loop else jnp.sum(squares, axis=1, keepdims=True)
-    return product(rows, query) * inverse_norm(squared_norms)
+    counted = jnp.ones_like(query)
+    if similarity == "biased_cosine":
+        counted = jnp.where(is_bias(query.shape[1]), 0.0, counted)
+    squared_norms = _loop(jnp.square(rows), counted) if in_loop else squared_norm(rows, similarity)
+    scores = product(rows, query * counted) * inverse_norm(squared_norms)
+    return scores + rows[:, -1:] if similarity == "biased_cosine" else scores
 
 
 def _multiply(rows: Any, queries: Any) -> Any:

@@ -52,7 +52,8 @@ def shard_candidates(
             index takes the ids from the feature `candidate_id` of its `TwoTowerModel`, which also hands over its own
             vocabularies.
         exclude_ids: ids of candidates that are never returned.
-        similarity: `"dot"`, or `"cosine"` to L2-normalize both sides before scoring.
+        similarity: `"dot"`, `"cosine"` to L2-normalize both sides before scoring, or `"biased_cosine"`, as in
+            `DistributedTwoTowerTask`.
         mesh_axis: the axis of the mesh in force over which the rows of the index are split. `None` follows the table's
             own layout. Without a distribution the table stays whole. The rows of a plain `keras.layers.Embedding` must
             divide over the axis; those of a `ShardedEmbedding` are padded. Set it before the optimizer is built:

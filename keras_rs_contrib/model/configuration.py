@@ -175,7 +175,7 @@ def default_task(
     with TFRS's defaults.
     """
     similarity = retrieval.similarity if isinstance(retrieval, ShardedBruteForceRetrieval) else "cosine"
-    if label is not None or similarity != "cosine":
+    if label is not None or similarity == "dot":
         return DistributedTwoTowerTask()
     return DistributedTwoTowerTask(
         similarity=similarity, temperature=0.2, remove_accidental_hits=candidate_id is not None
@@ -189,7 +189,7 @@ def default_sampling(model: Any, vocabulary: Vocabulary | None) -> StreamingSamp
         model: a two-tower model whose task and index are set.
         vocabulary: that of candidate ids, or `None`.
     """
-    if model.task.similarity != "cosine" or model.candidate_id is None:
+    if model.task.similarity == "dot" or model.candidate_id is None:
         return None
     if vocabulary is not None:
         return StreamingSamplingProbability(len(vocabulary))

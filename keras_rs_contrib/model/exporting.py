@@ -22,7 +22,7 @@ from keras_rs_contrib.index.candidate_store import check_k
 from keras_rs_contrib.model.one_writer import in_one_process
 from keras_rs_contrib.model.saving import SavedModel
 from keras_rs_contrib.model.training_data import ids_of
-from keras_rs_contrib.scores import to_comparable
+from keras_rs_contrib.scores import comparable_candidates
 
 # The modules that a format needs.
 FORMATS = {"tf_saved_model": ("tensorflow",), "onnx": ("tensorflow", "tf2onnx", "onnx")}
@@ -173,7 +173,7 @@ class ExportingModel(SavedModel):
         kept = ~np.isin(ids, index.exclude_ids)
         table = on_host(index.candidate_embeddings)[: len(ids)][kept]
         arrays = {
-            "table": ops.convert_to_numpy(to_comparable(table, index.similarity)),
+            "table": ops.convert_to_numpy(comparable_candidates(table, index.similarity)),
             "ids": ids[kept].astype("int32"),
         }
         query_id, data = inputs.names.query_id, inputs.training_data

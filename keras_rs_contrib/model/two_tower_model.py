@@ -95,8 +95,8 @@ class TwoTowerModel(ModelWithObjective):
         label: name of the feature that holds labels, to which scores are fitted. The labels may also be passed as `y`.
             `None` trains on positives.
         task: a `DistributedTwoTowerTask`. By default, with `label` or an index by dot product,
-            `DistributedTwoTowerTask()`; otherwise, one with cosine similarity, temperature 0.2 and, if candidate ids
-            are known, without accidental hits.
+            `DistributedTwoTowerTask()`; otherwise, one with cosine similarity or that of the index, temperature 0.2
+            and, if candidate ids are known, without accidental hits.
         retrieval: the result of `shard_candidates` for the candidate tower or, if the tower is an embedding, a plain
             `keras_rs.layers.BruteForceRetrieval`. By default, `BruteForceRetrieval(k=10)` if the tower is an embedding.
             With a vocabulary of candidates, an index of an embedding never returns row 0. Without an index, the model

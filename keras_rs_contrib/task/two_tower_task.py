@@ -14,7 +14,7 @@ from keras_rs_contrib import _keras
 from keras_rs_contrib.arguments import explains_keywords
 from keras_rs_contrib.distribution import batch_split, num_replicas
 from keras_rs_contrib.ids import IdArguments
-from keras_rs_contrib.scores import check_similarity, pairwise_scores, to_comparable
+from keras_rs_contrib.scores import check_similarity, comparable_candidates, comparable_queries, pairwise_scores
 from keras_rs_contrib.task import logits as batch_logits
 from keras_rs_contrib.task import losses
 from keras_rs_contrib.task.call_arguments import (
@@ -53,7 +53,9 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         loss: `keras.losses.Loss` of one-hot labels and logits, or, with `labels`, of labels and scores, both
             `[batch, 1]`. Its reduction is respected; without a reduction, the result is `[batch]`. `None` means softmax
             cross-entropy, or mean squared error with `labels`, averaged over the valid rows.
-        similarity: `"dot"`, or `"cosine"` to L2-normalize both sides before scoring.
+        similarity: `"dot"`, `"cosine"` to L2-normalize both sides before scoring, or `"biased_cosine"`, with which the
+            last element of a candidate embedding is a bias: `score = cosine(q', c') + b` for `c = [c', b]`, where `q'`
+            is the query embedding without its last element, which is not used.
         temperature: positive float that divides the scores, or `None` for 1.
         num_hard_negatives: positive int, number of negatives to keep for each query, those with the largest logits.
             `None` keeps all.
@@ -270,7 +272,7 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
 
     def _in_batch_softmax(self, arguments: CallArguments) -> tuple[InBatchSoftmax, BatchQueries, BatchCandidates]:
         queries = BatchQueries(
-            to_comparable(arguments.query_embeddings, self.similarity),
+            comparable_queries(arguments.query_embeddings, self.similarity),
             sample_weight=arguments.sample_weight,
             score_mask=arguments.score_mask,
             valid=valid_queries(arguments),
@@ -278,12 +280,12 @@ class DistributedTwoTowerTask(IdArguments, keras.layers.Layer):  # type: ignore[
         )
         if arguments.negative_embeddings is not None:
             queries = queries._replace(
-                negative_embeddings=to_comparable(arguments.negative_embeddings, self.similarity),
+                negative_embeddings=comparable_candidates(arguments.negative_embeddings, self.similarity),
                 negative_sampling_probability=arguments.negative_sampling_probability,
                 negative_mask=self._negative_mask(arguments),
             )
         candidates = BatchCandidates(
-            to_comparable(arguments.candidate_embeddings, self.similarity),
+            comparable_candidates(arguments.candidate_embeddings, self.similarity),
             sampling_probability=arguments.candidate_sampling_probability,
             ids=arguments.candidate_ids,
             mask=arguments.candidate_mask,

@@ -23,7 +23,7 @@ NUM_CANDIDATES, NUM_QUERIES, DIMENSION = 43, 24, 4
 CASES = [
     ("1 device", None, False, "dot", "table", "masked"),
     ("1 device", None, True, "cosine", "features", "gathered"),
-    ("DataParallel(2)", "batch", False, "cosine", "features", "gathered"),
+    ("DataParallel(2)", "batch", False, "biased_cosine", "features", "gathered"),
     ("DataParallel(3)", "batch", True, "dot", "table", "masked"),
     ("DataParallel(8)", None, False, "dot", "features", "masked"),
     ("ModelParallel(2x4)", None, True, "dot", "table", "masked"),
@@ -47,7 +47,7 @@ def how(request, monkeypatch):
 def make_index(rng, with_ids=False, similarity="dot", tower="table", mesh_axis=None, num_excluded=2, k=7, **arguments):
     """Returns an index, its ids and its table: for "dot", whole numbers, whose scores are exact and often equal."""
     table = rng.integers(-2, 3, (NUM_CANDIDATES, DIMENSION)).astype("float32")
-    if similarity == "cosine":
+    if similarity != "dot":
         table = rng.normal(size=table.shape).astype("float32")
     ids = rng.permutation(NUM_CANDIDATES) * 3 - 20 if with_ids else np.arange(NUM_CANDIDATES)
     arguments.update(

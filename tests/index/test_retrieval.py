@@ -37,7 +37,7 @@ def expected_predictions(model, k=5):
 # Results.
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "biased_cosine"])
 @pytest.mark.parametrize("return_scores", [False, True])
 def test_the_index_returns_the_best_rows_of_the_tower(rng, similarity, return_scores):
     tower = keras.layers.Embedding(30, 4, embeddings_initializer="normal")

@@ -17,6 +17,7 @@ from keras_rs_contrib.index import score_blocks
 from keras_rs_contrib.index import top_k as searches
 from keras_rs_contrib.index.ranks import ranks as exact_ranks
 from keras_rs_contrib.index.score_blocks import Search
+from keras_rs_contrib.scores import SIMILARITIES
 from keras_rs_contrib.tables.layout import TableLayout
 
 # Mesh shape, mesh axes, and the axis that splits the rows of the table.
@@ -62,7 +63,7 @@ def small_integers(rng, *shape):
     return rng.integers(-2, 3, shape).astype("float32")
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_top_k_matches_a_sort(rng, k, similarity):
     queries, table = rng.normal(size=(7, 4)), rng.normal(size=(40, 4))
@@ -300,6 +301,8 @@ def small_thresholds(monkeypatch, request):
         (1_061, 3, "dot", "bfloat16"),
         (1_061, 3, "cosine", "float32"),
         (1_061, 1, "cosine", "bfloat16"),
+        (1_061, 3, "biased_cosine", "float32"),
+        (1_061, 1, "biased_cosine", "bfloat16"),
     ],
 )
 def test_a_single_query_finds_what_many_find_in_a_large_table(
@@ -348,6 +351,7 @@ def test_equal_rows_have_equal_scores_with_the_optimizations_of_xla():
             (65_543, 100, "dot", "float32"),
             (140_003, 64, "cosine", "float32"),
             (140_003, 64, "cosine", "bfloat16"),
+            (140_003, 64, "biased_cosine", "float32"),
         ):
             search = Search(num_rows, similarity)
             table = rng.normal(size=(1, dimension)).astype(jax.numpy.dtype(dtype)).repeat(num_rows, axis=0)
@@ -402,7 +406,7 @@ def test_scores_of_bfloat16_tables_are_summed_in_float32(rng):
     scores, ids = searches.top_k(queries, table, 20, Search(500))
     np.testing.assert_allclose(scores, -np.sort(-keys, axis=1)[:, :20], rtol=0, atol=2e-5)
     np.testing.assert_allclose(np.take_along_axis(keys, np.asarray(ids), axis=1), scores, rtol=0, atol=2e-5)
-    for similarity in ("dot", "cosine"):
+    for similarity in SIMILARITIES:
         whole = searches.top_k(queries, table, 20, Search(500, similarity))
         in_parts = searches.top_k(queries, table, 20, Search(500, similarity, block_size=64 * 70))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, in_parts)
@@ -440,7 +444,10 @@ def test_memory_is_bounded_by_the_block():
     assert memory(searches.top_k, queries, table, 10, Search(100_003, "cosine", block_size=large)) < 4 * 2.5 * large
 
 
-@pytest.mark.parametrize(("similarity", "dtype"), [("dot", "bfloat16"), ("cosine", "bfloat16"), ("cosine", "float32")])
+@pytest.mark.parametrize(
+    ("similarity", "dtype"),
+    [("dot", "bfloat16"), ("cosine", "bfloat16"), ("cosine", "float32"), ("biased_cosine", "float32")],
+)
 @pytest.mark.parametrize("block_size", [score_blocks.BLOCK_SIZE, 2**22])
 def test_a_single_query_needs_no_float32_or_normalized_copy_of_a_large_table(similarity, dtype, block_size):
     num_rows, dimension = 300_007, 64

@@ -110,7 +110,7 @@ def test_exports_answer_like_recommend(tmp_path):
         candidates=table,
         candidate_ids=np.arange(5000)[::-1] * 3,
         exclude_ids=[0, 6],
-        similarity="cosine",
+        similarity="biased_cosine",
         mesh_axis="batch",
     )
     own = TwoTowerModel(Projected(), tower, "user.id", "features", candidate_id="item", retrieval=index)

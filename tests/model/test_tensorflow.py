@@ -64,7 +64,7 @@ def features():
         candidates=FEATURES,
         candidate_ids=np.arange(NUM_ITEMS)[::-1] * 3,
         exclude_ids=[0],
-        similarity="cosine",
+        similarity="biased_cosine",
     )
     model = TwoTowerModel(
         keras.layers.Embedding(NUM_USERS, 16), tower, "user", "features", candidate_id="item", retrieval=index

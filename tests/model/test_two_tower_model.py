@@ -807,6 +807,27 @@ def test_the_index_must_match_the_tower_and_the_similarity():
         TwoTowerModel(users, movies, "user_id", "movie_id", retrieval=index, task=DistributedTwoTowerTask())
 
 
+def test_the_default_task_takes_its_similarity_from_the_index(rng):
+    users, movies = keras.layers.Embedding(3, 4), keras.layers.Embedding(20, 4)
+    index = shard_candidates(
+        keras_rs.layers.BruteForceRetrieval(k=20, return_scores=True), movies, similarity="biased_cosine"
+    )
+    model = TwoTowerModel(users, movies, "user_id", "movie_id", retrieval=index)
+    assert (model.task.similarity, model.task.temperature) == ("biased_cosine", 0.2)
+    assert model.sampling_probability.num_candidates == 20
+    model.compile(keras.optimizers.Adam(0.01))
+    data = {"user_id": rng.integers(0, 3, 64), "movie_id": rng.integers(0, 20, 64)}
+    model.score(data)
+    before = [np.array(table.embeddings) for table in (users, movies)]
+    model.fit(data, verbose=0)
+    changes = [np.abs(table.embeddings - each).max(axis=0) for table, each in zip((users, movies), before, strict=True)]
+    # The bias of a user has no effect.
+    np.testing.assert_array_equal(np.asarray(changes) > 0, [[True, True, True, False], [True, True, True, True]])
+    recommended = model.recommend({"user_id": [2]})
+    scores = model.score({"user_id": np.full(20, 2), "movie_id": recommended.ids[0]})
+    np.testing.assert_allclose(scores, recommended.scores[0], rtol=1e-5)
+
+
 def test_options_that_need_candidate_ids_require_candidate_id():
     towers = keras.layers.Embedding(3, 4), keras.Sequential([keras.layers.Embedding(20, 4)])
     with pytest.raises(ValueError, match=r"`remove_accidental_hits` needs candidate ids. Received: candidate_id=None"):

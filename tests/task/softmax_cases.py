@@ -10,6 +10,7 @@ NUM_CANDIDATES = BATCH + EXTRA
 SOFTMAX_CASES = {
     "plain": ({}, ()),
     "cosine": ({"similarity": "cosine"}, ()),
+    "biased cosine": ({"similarity": "biased_cosine"}, ("negative_embeddings",)),
     "temperature": ({"temperature": 0.3}, ()),
     "log-q": ({}, ("candidate_sampling_probability",)),
     "accidental hits": ({"remove_accidental_hits": True}, ("candidate_ids",)),

@@ -18,7 +18,10 @@ def test_scores_match_the_reference(rng, similarity, heads):
 
 
 def test_cosine_of_a_zero_embedding_is_zero():
-    np.testing.assert_array_equal(scores.score_matrix(np.zeros((1, 3)), np.ones((2, 3)), "cosine"), [[0.0, 0.0]])
+    zeros, candidates = np.zeros((1, 3)), np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(scores.score_matrix(zeros, candidates, "cosine"), [[0.0, 0.0]])
+    # The bias remains.
+    np.testing.assert_array_equal(scores.score_matrix(zeros, candidates, "biased_cosine"), [[1.0, 2.0]])
 
 
 def test_small_loss_is_accurate():

@@ -40,7 +40,9 @@ def test_softmax_loss_and_gradients_match_the_reference(rng, case, heads):
 
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("names", [(), ("sample_weight",), ("sample_weight", "candidate_mask")])
-@pytest.mark.parametrize("constructor", [{}, {"similarity": "cosine", "temperature": 0.5}])
+@pytest.mark.parametrize(
+    "constructor", [{}, {"similarity": "cosine", "temperature": 0.5}, {"similarity": "biased_cosine"}]
+)
 def test_pointwise_loss_and_gradients_match_the_reference(rng, names, constructor, heads):
     queries, candidates = embeddings(rng, heads, num_candidates=BATCH)
     labels = rng.random(BATCH).astype("float32")
