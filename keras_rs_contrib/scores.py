@@ -36,7 +36,7 @@ def comparable_queries(embeddings: Any, similarity: str) -> Any:
     embeddings = ops.cast(embeddings, "float32")
     if similarity == "dot":
         return embeddings
-    result = ops.multiply(embeddings, inverse_norm(squared_norm(embeddings, similarity)))
+    result = _normalized(embeddings, similarity)
     return ops.where(is_bias(embeddings.shape[-1]), 1.0, result) if similarity == "biased_cosine" else result
 
 
@@ -55,7 +55,7 @@ def comparable_candidates(embeddings: Any, similarity: str) -> Any:
     embeddings = ops.cast(embeddings, "float32")
     if similarity == "dot":
         return embeddings
-    result = ops.multiply(embeddings, inverse_norm(squared_norm(embeddings, similarity)))
+    result = _normalized(embeddings, similarity)
     return ops.where(is_bias(embeddings.shape[-1]), embeddings, result) if similarity == "biased_cosine" else result
 
 
@@ -66,10 +66,16 @@ def is_bias(embedding_dim: int) -> Any:
 
 def squared_norm(embeddings: Any, similarity: str) -> Any:
     """Returns the squared norm of each embedding, without its bias under `"biased_cosine"`: `[..., 1]` float32."""
-    squares = ops.square(embeddings)
-    if similarity == "biased_cosine":
-        squares = ops.where(is_bias(embeddings.shape[-1]), 0.0, squares)
-    return ops.sum(squares, axis=-1, keepdims=True)
+    return ops.sum(ops.square(_without_bias(embeddings, similarity)), axis=-1, keepdims=True)
+
+
+def _normalized(embeddings: Any, similarity: str) -> Any:
+    return ops.multiply(_without_bias(embeddings, similarity), inverse_norm(squared_norm(embeddings, similarity)))
+
+
+def _without_bias(embeddings: Any, similarity: str) -> Any:
+    """Returns embeddings with 0 in place of the bias. Masking a result instead would let it into the gradient."""
+    return ops.where(is_bias(embeddings.shape[-1]), 0.0, embeddings) if similarity == "biased_cosine" else embeddings
 
 
 def inverse_norm(squared_norms: Any) -> Any:

@@ -33,6 +33,8 @@ MIN_VECTORIZED_DIMENSION = 64
 MIN_LOOP_ROWS = 2**16
 # Larger buffers than 32 MiB cost a page fault for each page at each call.
 MAX_CHEAP_BUFFER = 2**23
+# A cosine changes no larger number in float32.
+MAX_COUNTED_BIAS = 1e18
 # Stands for a score of -inf or NaN wherever scores are ordered; -inf then stands for no candidate.
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -198,7 +200,11 @@ def _scores_without_copy(table: Any, query: Any, similarity: str) -> Any:
         counted = jnp.where(is_bias(query.shape[1]), 0.0, counted)
     squared_norms = _loop(jnp.square(rows), counted) if in_loop else squared_norm(rows, similarity)
     scores = product(rows, query * counted) * inverse_norm(squared_norms)
-    return scores + rows[:, -1:] if similarity == "biased_cosine" else scores
+    if similarity == "cosine":
+        return scores
+    bias = rows[:, -1:]
+    # The square of a larger bias overflows, and an infinite one times 0 is NaN. Next to it, a cosine is nothing.
+    return jnp.where(jnp.abs(bias) > MAX_COUNTED_BIAS, bias, scores + bias)
 
 
 def _multiply(rows: Any, queries: Any) -> Any:

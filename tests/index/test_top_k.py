@@ -315,6 +315,8 @@ def test_a_single_query_finds_what_many_find_in_a_large_table(
     few[3, :2] = np.inf, -np.inf
     if similarity == "dot":
         few[4], few[5] = 0.0, -0.0
+    if similarity == "biased_cosine":
+        few[6, -1], few[7, -1], few[8, -1] = np.inf, 1e20, -1e20
     table = np.asarray(jax.numpy.asarray(few, dtype)[rng.integers(0, 40, num_rows)])
     search = Search(num_rows, similarity, layout=layout_of_shards(num_shards, False))
     on_mesh, exclude_ids = padded(table, num_shards), rng.integers(0, num_rows, (3, 4)).astype("int32")

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 import reference
@@ -17,10 +18,20 @@ def test_scores_match_the_reference(rng, similarity, heads):
     np.testing.assert_allclose(pairs, np.diagonal(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_bias_of_a_query_has_no_effect_on_gradients(value):
+    def score(query):
+        return scores.pairwise_scores(query, np.array([[0.3, 0.4, 2.0]], "float32"), "biased_cosine")[0]
+
+    result, gradient = jax.value_and_grad(score)(np.array([[3.0, 4.0, value]], "float32"))
+    assert result == pytest.approx(3.0)
+    np.testing.assert_allclose(gradient, np.zeros((1, 3)), atol=1e-6)
+
+
 def test_cosine_of_a_zero_embedding_is_zero():
     zeros, candidates = np.zeros((1, 3)), np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
     np.testing.assert_array_equal(scores.score_matrix(zeros, candidates, "cosine"), [[0.0, 0.0]])
-    # The bias remains.
+    # The bias of the candidate remains.
     np.testing.assert_array_equal(scores.score_matrix(zeros, candidates, "biased_cosine"), [[1.0, 2.0]])
 
 
