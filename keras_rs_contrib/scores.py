@@ -64,18 +64,13 @@ def is_bias(embedding_dim: int) -> Any:
     return ops.equal(ops.arange(embedding_dim), embedding_dim - 1)
 
 
-def squared_norm(embeddings: Any, similarity: str) -> Any:
-    """Returns the squared norm of each embedding, without its bias under `"biased_cosine"`: `[..., 1]` float32."""
-    return ops.sum(ops.square(_without_bias(embeddings, similarity)), axis=-1, keepdims=True)
-
-
 def _normalized(embeddings: Any, similarity: str) -> Any:
-    return ops.multiply(_without_bias(embeddings, similarity), inverse_norm(squared_norm(embeddings, similarity)))
-
-
-def _without_bias(embeddings: Any, similarity: str) -> Any:
-    """Returns embeddings with 0 in place of the bias. Masking a result instead would let it into the gradient."""
-    return ops.where(is_bias(embeddings.shape[-1]), 0.0, embeddings) if similarity == "biased_cosine" else embeddings
+    """Returns normalized embeddings, with 0 in place of the bias."""
+    if similarity == "biased_cosine":
+        # Masked first: masking the result instead would let the bias into the gradient.
+        embeddings = ops.where(is_bias(embeddings.shape[-1]), 0.0, embeddings)
+    squared_norm = ops.sum(ops.square(embeddings), axis=-1, keepdims=True)
+    return ops.multiply(embeddings, inverse_norm(squared_norm))
 
 
 def inverse_norm(squared_norms: Any) -> Any:

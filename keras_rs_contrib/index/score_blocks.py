@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from keras_rs_contrib.scores import comparable_candidates, comparable_queries, inverse_norm, is_bias, squared_norm
+from keras_rs_contrib.scores import comparable_candidates, comparable_queries, inverse_norm, is_bias
 from keras_rs_contrib.tables.layout import TableLayout
 
 # Scores in a block: 256 MiB.
@@ -198,7 +198,9 @@ def _scores_without_copy(table: Any, query: Any, similarity: str) -> Any:
     counted = jnp.ones_like(query)
     if similarity == "biased_cosine":
         counted = jnp.where(is_bias(query.shape[1]), 0.0, counted)
-    squared_norms = _loop(jnp.square(rows), counted) if in_loop else squared_norm(rows, similarity)
+    squares = jnp.square(rows)
+    # XLA multiplies and adds up without a copy, but not if the bias is masked by `where`.
+    squared_norms = _loop(squares, counted) if in_loop else jnp.sum(squares * counted, axis=1, keepdims=True)
     scores = product(rows, query * counted) * inverse_norm(squared_norms)
     if similarity == "cosine":
         return scores
