@@ -13,6 +13,7 @@ from conftest import DISTRIBUTIONS, data_parallel, model_parallel
 from models import DIMENSION, RetrievalModel, brute_force, predictions
 
 from keras_rs_contrib import ShardedBruteForceRetrieval, ShardedEmbedding, shard_candidates
+from keras_rs_contrib.scores import SIMILARITIES
 
 NUM_USERS, NUM_MOVIES = 24, 40
 
@@ -37,7 +38,7 @@ def expected_predictions(model, k=5):
 # Results.
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine", "biased_cosine"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("return_scores", [False, True])
 def test_the_index_returns_the_best_rows_of_the_tower(rng, similarity, return_scores):
     tower = keras.layers.Embedding(30, 4, embeddings_initializer="normal")
