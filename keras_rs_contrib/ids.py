@@ -231,17 +231,15 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
             "`query_ids` and `candidate_ids` must be flat and of equal length, and `queries` flat. Received: shapes "
             f"{query_ids.shape}, {candidate_ids.shape} and {queries.shape}. Pass one entry for each pair."
         )
-    order = np.argsort(queries, kind="stable")
-    in_order = queries[order]
+    in_order = np.sort(queries)
     if (in_order[1:] == in_order[:-1]).any():
         twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
         raise ValueError(f"`queries` must be unique. Received: {twice} twice. Remove the duplicates.")
-    places = np.searchsorted(in_order, query_ids)
-    places[places == len(queries)] = 0
-    wanted = np.flatnonzero(in_order[places] == query_ids) if len(queries) else np.zeros(0, np.int64)
+    rows = _places(query_ids, queries)
+    wanted = np.flatnonzero(rows >= 0)
     candidate_ids = candidate_ids[wanted]
     # NumPy sorts integers of 64 bits several times as fast as it sorts by two keys, or as a stable sort.
-    pairs = order[places[wanted]] << 32 | candidate_ids.view(np.uint32)
+    pairs = rows[wanted] << 32 | candidate_ids.view(np.uint32)
     by_pair = np.argsort(pairs)
     pairs = pairs[by_pair]
     starts = np.flatnonzero(np.diff(pairs, prepend=-1))
@@ -254,6 +252,23 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     result = np.full((len(queries), max(1, int(counts.max(initial=0)))), NO_CANDIDATE, np.int32)
     result[query_rows, columns] = candidate_ids
     return result
+
+
+def _places(ids: np.ndarray[Any, Any], unique_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns the int64 place of each id among unique ids, and -1 for an id that is not among them."""
+    if not len(unique_ids):
+        return np.full(ids.shape, -1)
+    first, last = int(unique_ids.min()), int(unique_ids.max())
+    if last - first < 2 * (ids.size + unique_ids.size):
+        # A table of all ids in between is much faster than a search.
+        table = np.full(last - first + 1, -1)
+        table[unique_ids.astype(np.int64) - first] = np.arange(len(unique_ids))
+        offsets = ids.astype(np.int64) - first
+        return np.where((offsets >= 0) & (offsets < len(table)), table[np.clip(offsets, 0, len(table) - 1)], -1)
+    order = np.argsort(unique_ids)
+    in_order = unique_ids[order]
+    places = np.minimum(np.searchsorted(in_order, ids), len(order) - 1)
+    return np.where(in_order[places] == ids, order[places], -1)
 
 
 def _are_names(ids: Any) -> bool:

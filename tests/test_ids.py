@@ -74,9 +74,10 @@ def test_exclude_ids_must_be_a_flat_collection(exclude_ids):
 
 
 @pytest.mark.parametrize("num_queries", [1, 7, 40])
-def test_group_candidate_ids_returns_one_row_for_each_query(rng, num_queries):
+@pytest.mark.parametrize("gap", [1, 10**7])
+def test_group_candidate_ids_returns_one_row_for_each_query(rng, num_queries, gap):
     """The queries are unsorted, some have no pairs, and some pairs belong to other queries."""
-    names = rng.choice(np.arange(-100, 100), 60, replace=False)
+    names = gap * rng.choice(np.arange(-100, 100), 60, replace=False)
     query_ids, candidate_ids = rng.choice(names[:50], 300), rng.integers(0, 30, 300)
     queries = rng.permutation(
         np.concatenate([names[50 : 50 + num_queries // 4], names[: num_queries - num_queries // 4]])
@@ -97,6 +98,8 @@ def test_group_candidate_ids_returns_one_row_for_each_query(rng, num_queries):
         # Pairs of other queries, with ids below, between and above the requested ones.
         ([1, 9, 5, 4], [10, 90, 50, 40], [6, 4], [[-1], [40]]),
         ([7, 8], [1, 2], [5], [[-1]]),
+        ([-(2**31), 2**31 - 1, 0], [1, 2, 3], [2**31 - 1, -(2**31)], [[2], [1]]),
+        ([-(2**31), 2**31 - 1], [1, 2], [2**31 - 2, 2**31 - 1], [[-1], [2]]),
         ([], [], [5, 4], [[-1], [-1]]),
         ([7, 8], [1, 2], [], np.zeros((0, 1), int)),
         ([], [], [], np.zeros((0, 1), int)),
