@@ -1,5 +1,6 @@
 """Setup of every test: the JAX backend on 8 virtual CPU devices, fixed seeds, and no distribution from other tests."""
 
+import contextlib
 import os
 import tempfile
 
@@ -75,3 +76,19 @@ def distribution(request):
     result = DISTRIBUTIONS[request.param]()
     keras.distribution.set_distribution(result)
     return result
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yields a list of what JAX compiles."""
+    found = []
+
+    def note(event, duration, **_):
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)

@@ -1,33 +1,16 @@
 """The common sizes at which an index is searched, and the results at them."""
 
-import contextlib
-
 import jax
 import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import compilations
 
 from keras_rs_contrib import shard_candidates
 from keras_rs_contrib.index import sizes
 
 NUM_CANDIDATES = 97
-
-
-@contextlib.contextmanager
-def compilations():
-    """Yields a list of what JAX compiles."""
-    found = []
-
-    def note(event, duration, **_):
-        if "backend_compile" in event:
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.mark.parametrize("number", [*range(70), 96, 97, 500, 2100, 4096, 4097, 10_000])

@@ -12,10 +12,10 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import data_parallel
+from own_towers import OnJax, Projected
 
 from keras_rs_contrib import TwoTowerModel, Vocabulary, shard_candidates
-from tests.conftest import data_parallel
-from tests.model.own_towers import OnJax, Projected
 
 NUM_USERS, NUM_ITEMS = 30, 53
 RNG = np.random.default_rng(0)

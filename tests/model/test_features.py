@@ -4,9 +4,9 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import data_parallel
 
 from keras_rs_contrib import DistributedTwoTowerTask, RecallAtK, TwoTowerModel, pad_batches, shard_candidates
-from tests.conftest import data_parallel
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import data_parallel, model_parallel
 from keras import ops
 
 from keras_rs_contrib import (
@@ -15,7 +16,6 @@ from keras_rs_contrib import (
     TwoTowerModel,
     shard_candidates,
 )
-from tests.conftest import data_parallel, model_parallel
 
 ROWS, USERS, DIM = 24, 11, 8
 ENCODERS = ("mean", "gru", "attention")

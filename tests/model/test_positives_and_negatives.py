@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import data_parallel
 
 from keras_rs_contrib import (
     CrossBatchMemory,
@@ -13,7 +14,6 @@ from keras_rs_contrib import (
     StreamingSamplingProbability,
     TwoTowerModel,
 )
-from tests.conftest import data_parallel
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import data_parallel
 
 from keras_rs_contrib import (
     HistoryTower,
@@ -19,7 +20,6 @@ from keras_rs_contrib import (
     Vocabulary,
     shard_candidates,
 )
-from tests.conftest import data_parallel
 
 pytestmark = pytest.mark.slow
 

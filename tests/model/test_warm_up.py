@@ -7,10 +7,9 @@ import jax
 import keras
 import numpy as np
 import pytest
+from conftest import compilations, data_parallel
 
 from keras_rs_contrib import HistoryTower, TwoTowerModel, Vocabulary
-from tests.conftest import data_parallel
-from tests.index.test_sizes import compilations
 
 NUM_USERS, NUM_ITEMS = 30, 50
 

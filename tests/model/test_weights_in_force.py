@@ -4,6 +4,7 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
+from conftest import data_parallel
 
 from keras_rs_contrib import (
     CrossBatchMemory,
@@ -12,7 +13,6 @@ from keras_rs_contrib import (
     TwoTowerModel,
     shard_candidates,
 )
-from tests.conftest import data_parallel
 
 pytestmark = pytest.mark.slow
 
