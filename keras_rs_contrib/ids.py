@@ -235,11 +235,11 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     if (in_order[1:] == in_order[:-1]).any():
         twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
         raise ValueError(f"`queries` must be unique. Received: {twice} twice. Remove the duplicates.")
-    rows = _places(query_ids, queries)
-    wanted = np.flatnonzero(rows >= 0)
+    places = _places(query_ids, queries)
+    wanted = np.flatnonzero(places >= 0)
     candidate_ids = candidate_ids[wanted]
     # NumPy sorts integers of 64 bits several times as fast as it sorts by two keys, or as a stable sort.
-    pairs = rows[wanted] << 32 | candidate_ids.view(np.uint32)
+    pairs = places[wanted] << 32 | candidate_ids.view(np.uint32)
     by_pair = np.argsort(pairs)
     pairs = pairs[by_pair]
     starts = np.flatnonzero(np.diff(pairs, prepend=-1))
