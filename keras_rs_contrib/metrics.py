@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 from typing import Any
 
+import jax
 import keras
 from keras import ops
 
@@ -63,7 +67,6 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
             )
         if ranks.shape[1] == 0:
             ranks = ops.full((ranks.shape[0], 1), -1, dtype="int32")
-        weight = ops.cast(ops.any(ops.greater_equal(ranks, 0), axis=1), self.dtype)
         if sample_weight is not None:
             sample_weight = ops.convert_to_tensor(sample_weight)
             if tuple(sample_weight.shape) != tuple(ranks.shape[:1]):
@@ -72,11 +75,22 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
                     f"shape {tuple(sample_weight.shape)} for {ranks.shape[0]} queries. Pass a flat array."
                 )
             check_sample_weight(sample_weight)
+        if keras.backend.backend() == "jax" and type(self).__module__ == __name__:
+            total, count = _compiled_sums(_settings_of(self), ranks, sample_weight)
+        else:
+            # The classes of users may compute on the host.
+            total, count = self._sums(ranks, sample_weight)
+        self.total.assign_add(total)
+        self.count.assign_add(count)
+
+    def _sums(self, ranks: Any, sample_weight: Any) -> tuple[Any, Any]:
+        """Returns `sum(weight * value)` and `sum(weight)`."""
+        weight = ops.cast(ops.any(ops.greater_equal(ranks, 0), axis=1), self.dtype)
+        if sample_weight is not None:
             weight = ops.multiply(weight, ops.cast(sample_weight, self.dtype))
         # The value of a query without weight may not be finite, and 0 * NaN would make the sum NaN.
         values = ops.where(ops.equal(weight, 0), 0.0, ops.cast(self.values(ranks), self.dtype))
-        self.total.assign_add(ops.sum(ops.multiply(values, weight)))
-        self.count.assign_add(ops.sum(weight))
+        return ops.sum(ops.multiply(values, weight)), ops.sum(weight)
 
     def values(self, ranks: Any) -> Any:
         """Returns the value of each query.
@@ -92,6 +106,32 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
     def result(self) -> Any:
         """Returns the mean as a scalar; 0 if no query is counted."""
         return ops.divide_no_nan(self.total, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What the sums depend on. Metrics with equal settings share a program.
+
+    Attributes:
+        kind: the class.
+        config: all else, as JSON.
+        metric: a metric of these settings.
+    """
+
+    kind: type[RankMetric]
+    config: str
+    metric: RankMetric = dataclasses.field(compare=False)
+
+
+def _settings_of(metric: RankMetric) -> _Settings:
+    config = {name: value for name, value in metric.get_config().items() if name != "name"}
+    return _Settings(type(metric), json.dumps(config, sort_keys=True), metric)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_sums(settings: _Settings, ranks: Any, sample_weight: Any) -> Any:
+    """Returns what `RankMetric._sums` does, as one program instead of one for each operation."""
+    return settings.metric._sums(ranks, sample_weight)
 
 
 class _RankMetricAtK(RankMetric):
