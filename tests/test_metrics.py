@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import data_parallel
+from conftest import compilations, data_parallel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -179,6 +179,27 @@ def test_values_of_uncounted_queries_may_be_nan_or_infinite():
     metric = Inverse()
     metric.update_state([1, -1, 5], sample_weight=[1.0, 1.0, 0.0])
     assert float(metric.result()) == 0.5
+
+
+def test_values_of_a_subclass_may_be_computed_on_the_host():
+    class OnHost(RecallAtK):
+        def values(self, ranks):
+            return np.asarray(ranks)[:, 0].astype("float32")
+
+    metric = OnHost(3)
+    metric.update_state([4, -1, 6])
+    assert float(metric.result()) == 5.0
+
+
+def test_metrics_with_equal_settings_share_a_program():
+    ranks = np.array([[0, 5, 7], [3, 100, -1]], "int32")
+    NDCGAtK(17).update_state(ranks)
+    with compilations() as found:
+        NDCGAtK(17, name="another").update_state(ranks)
+    assert not found
+    other, expected = NDCGAtK(2), [reference.ndcg([0, 5, 7], k=2), reference.ndcg([3, 100], k=2)]
+    other.update_state(ranks)
+    np.testing.assert_allclose(other.result(), np.mean(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("metric", [metric for metric, _ in METRICS.values()], ids=list(METRICS))
