@@ -36,6 +36,7 @@ from absl import app, flags, logging
 from timing import Memory, Table, in_turns, milliseconds, print_setting, ratio, tfrs_peer, timed
 
 from keras_rs_contrib import DistributedTwoTowerTask, RowSparseEmbedding, TwoTowerModel
+from keras_rs_contrib.task.in_batch_softmax import BLOCK_LOGITS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "Time only small sizes.")
@@ -172,6 +173,24 @@ def loss_and_gradients(task, batch_size):
     return lambda: compiled(*embeddings), compiled.memory_analysis().temp_size_in_bytes
 
 
+def three_products(batch_size):
+    """Returns a function that computes the matrix products of loss and gradients alone, in blocks of the same size."""
+    rng = np.random.default_rng(0)
+    arrays = [jax.device_put(rng.normal(size=(batch_size, FLAGS.batch_dimension)).astype("float32")) for _ in range(2)]
+    block = min(batch_size, BLOCK_LOGITS // batch_size)
+
+    def products(queries, candidates):
+        def of_block(of_candidates, rows):
+            logits = rows @ candidates.T
+            return of_candidates + logits.T @ rows, logits @ candidates
+
+        blocks = queries[: batch_size // block * block].reshape(-1, block, FLAGS.batch_dimension)
+        return jax.lax.scan(of_block, jax.numpy.zeros_like(candidates), blocks)
+
+    compiled = jax.jit(products)
+    return lambda: compiled(*arrays)
+
+
 def over_batches(peer, sizes):
     """Prints the time of a softmax step for each batch size. Returns the medians in milliseconds by name and size."""
     table, medians = Table(), {}
@@ -182,7 +201,8 @@ def over_batches(peer, sizes):
     for batch_size in sizes:
         ours, ours_bytes = loss_and_gradients(DistributedTwoTowerTask(temperature=10.0), batch_size)
         steps = max(1, 20_000 // batch_size)
-        functions = {"ours": timed(ours), "step": Training(rows, batches(num_rows, batch_size, steps), batch_size)}
+        functions = {"ours": timed(ours), "products": timed(three_products(batch_size))}
+        functions["step"] = Training(rows, batches(num_rows, batch_size, steps), batch_size)
         if batch_size <= FLAGS.materialised:
             all_logits, all_bytes = loss_and_gradients(DistributedTwoTowerTask(own_loss, temperature=10.0), batch_size)
             functions["all logits"] = timed(all_logits)
@@ -195,13 +215,14 @@ def over_batches(peer, sizes):
                     dimension=FLAGS.batch_dimension,
                     steps=steps,
                 )
-        # Without all logits and TFRS, there is nothing to compare over several turns.
+        # Without all logits and TFRS, one turn is enough, and takes minutes.
         times = in_turns(functions, FLAGS.turns if batch_size <= FLAGS.materialised else 1, FLAGS.seconds)
         has_all = "all logits" in times
         row = {
             "batch": f"{batch_size:,}",
             "loss, ms": milliseconds(times["ours"]),
             "MiB": f"{ours_bytes / 2**20:.1f}",
+            "loss / its 3 products": ratio(times["ours"], times["products"]),
             "all logits, ms": milliseconds(times["all logits"]) if has_all else "-",
             "all logits, MiB": f"{all_bytes / 2**20:.1f}" if has_all else "-",
             "loss / all logits": ratio(times["ours"], times["all logits"]) if has_all else "-",
