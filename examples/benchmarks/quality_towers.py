@@ -23,6 +23,7 @@ class Settings:
     Attributes:
         objective: `"rating"`, as in the tutorial, or `"retrieval"`, an in-batch softmax with log-q correction.
         query: what the query tower knows: `"user"`, `"history"`, or both, `"user+history"`.
+        new_rows: how the rows of new users are trained after all else: learning rate, batch size and epochs.
     """
 
     objective: str = "retrieval"
@@ -41,6 +42,7 @@ class Settings:
     decays: bool = True
     batch_size: int = 500
     epochs: int = 10
+    new_rows: "Settings | None" = None
 
 
 def ranks_of(split, seed, settings):
@@ -48,7 +50,12 @@ def ranks_of(split, seed, settings):
     keras.utils.set_random_seed(seed)
     features = _features(split, seed, settings)
     model = _model(split, settings)
-    model.fit(features, batch_size=settings.batch_size, epochs=settings.epochs, verbose=0)
+    _fit(model, features, settings)
+    if settings.new_rows is not None:
+        # The table has rows for all users. Those of new users learn from what is known of them, all else stays.
+        model.candidate_tower.trainable = False
+        known = {"user": split.known.users, "item": split.known.items}
+        _fit(model, known, settings.new_rows)
     queries = {"user": split.users}
     if "history" in settings.query:
         queries["history"] = quality_data.known_items(split, settings.max_length, _rng(split, seed))
@@ -102,7 +109,7 @@ def _model(split, settings):
         )
     is_retrieval = settings.objective == "retrieval"
     counts = np.bincount(train.items, minlength=train.num_items)
-    model = TwoTowerModel(
+    return TwoTowerModel(
         tower,
         items,
         query_features=features,
@@ -117,13 +124,16 @@ def _model(split, settings):
         sampling_probability=StreamingSamplingProbability(train.num_items, counts=counts) if is_retrieval else None,
         corpus_metrics=[],
     )
+
+
+def _fit(model, features, settings):
     rate = settings.learning_rate
     if settings.decays:
         rate = keras.optimizers.schedules.CosineDecay(
-            rate, settings.epochs * -(-len(train.items) // settings.batch_size)
+            rate, settings.epochs * -(-len(features["item"]) // settings.batch_size)
         )
     if settings.optimizer == "adagrad":
         model.compile(keras.optimizers.Adagrad(rate))
     else:
         model.compile(keras.optimizers.Adam(rate, weight_decay=settings.weight_decay or None))
-    return model
+    model.fit(features, batch_size=settings.batch_size, epochs=settings.epochs, verbose=0)
