@@ -98,7 +98,7 @@ def towers(settings):
 # split and the new users of each data set, and those of histories for each protocol, on MovieLens 100K.
 TOWERS = Settings(similarity="biased_cosine", embedding_dim=257)
 HISTORY = Settings(query="user+history", max_length=10, initial_scale=0.05, temperature=0.15, learning_rate=0.002)
-NEW = Settings(query="history", similarity="biased_cosine", embedding_dim=129, temperature=0.25, max_length=200)
+NEW = Settings(query="history", similarity="biased_cosine", embedding_dim=129, temperature=0.25)
 TUTORIAL = Settings(
     objective="rating",
     embedding_dim=32,
