@@ -231,15 +231,16 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
             "`query_ids` and `candidate_ids` must be flat and of equal length, and `queries` flat. Received: shapes "
             f"{query_ids.shape}, {candidate_ids.shape} and {queries.shape}. Pass one entry for each pair."
         )
-    in_order = np.sort(queries)
+    order = np.argsort(queries)
+    in_order = queries[order]
     if (in_order[1:] == in_order[:-1]).any():
         twice = in_order[1:][in_order[1:] == in_order[:-1]][0]
         raise ValueError(f"`queries` must be unique. Received: {twice} twice. Remove the duplicates.")
-    places = _places(query_ids, queries)
+    places = _places(query_ids, in_order)
     wanted = np.flatnonzero(places >= 0)
     candidate_ids = candidate_ids[wanted]
     # NumPy sorts integers of 64 bits several times as fast as it sorts by two keys, or as a stable sort.
-    pairs = places[wanted] << 32 | candidate_ids.view(np.uint32)
+    pairs = order[places[wanted]] << 32 | candidate_ids.view(np.uint32)
     by_pair = np.argsort(pairs)
     pairs = pairs[by_pair]
     starts = np.flatnonzero(np.diff(pairs, prepend=-1))
@@ -254,21 +255,19 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     return result
 
 
-def _places(ids: np.ndarray[Any, Any], unique_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Returns the int64 place of each id among unique ids, and -1 for an id that is not among them."""
-    if not len(unique_ids):
+def _places(ids: np.ndarray[Any, Any], in_order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns the int64 place of each id among sorted, unique ids, and -1 for an id that is not among them."""
+    if not len(in_order):
         return np.full(ids.shape, -1)
-    first, last = int(unique_ids.min()), int(unique_ids.max())
-    if last - first < 2 * (ids.size + unique_ids.size):
+    first, last = int(in_order[0]), int(in_order[-1])
+    if last - first < 2 * (ids.size + in_order.size):
         # A table of all ids in between is much faster than a search.
         table = np.full(last - first + 1, -1)
-        table[unique_ids.astype(np.int64) - first] = np.arange(len(unique_ids))
+        table[in_order.astype(np.int64) - first] = np.arange(len(in_order))
         offsets = ids.astype(np.int64) - first
         return np.where((offsets >= 0) & (offsets < len(table)), table[np.clip(offsets, 0, len(table) - 1)], -1)
-    order = np.argsort(unique_ids)
-    in_order = unique_ids[order]
-    places = np.minimum(np.searchsorted(in_order, ids), len(order) - 1)
-    return np.where(in_order[places] == ids, order[places], -1)
+    places = np.minimum(np.searchsorted(in_order, ids), len(in_order) - 1)
+    return np.where(in_order[places] == ids, places, -1)
 
 
 def _are_names(ids: Any) -> bool:
