@@ -163,32 +163,36 @@ def over_rows(peer, objective, sizes):
     return medians
 
 
+def random_embeddings(batch_size):
+    """Returns embeddings of queries and candidates."""
+    rng = np.random.default_rng(0)
+    size = (batch_size, FLAGS.batch_dimension)
+    return [jax.device_put(rng.normal(size=size).astype("float32")) for _ in range(2)]
+
+
 def loss_and_gradients(task, batch_size):
     """Returns a function that computes the loss and its gradients, and the bytes that it needs besides arguments."""
-    rng = np.random.default_rng(0)
-    embeddings = [
-        jax.device_put(rng.normal(size=(batch_size, FLAGS.batch_dimension)).astype("float32")) for _ in range(2)
-    ]
+    embeddings = random_embeddings(batch_size)
     compiled = jax.jit(jax.value_and_grad(task, argnums=(0, 1))).lower(*embeddings).compile()
     return lambda: compiled(*embeddings), compiled.memory_analysis().temp_size_in_bytes
 
 
 def three_products(batch_size):
     """Returns a function that computes the matrix products of loss and gradients alone, in blocks of the same size."""
-    rng = np.random.default_rng(0)
-    arrays = [jax.device_put(rng.normal(size=(batch_size, FLAGS.batch_dimension)).astype("float32")) for _ in range(2)]
-    block = min(batch_size, BLOCK_LOGITS // batch_size)
+    embeddings = random_embeddings(batch_size)
+    num_blocks = -(-batch_size // min(batch_size, BLOCK_LOGITS // batch_size))
+    missing = -batch_size % num_blocks
 
     def products(queries, candidates):
         def of_block(of_candidates, rows):
             logits = rows @ candidates.T
             return of_candidates + logits.T @ rows, logits @ candidates
 
-        blocks = queries[: batch_size // block * block].reshape(-1, block, FLAGS.batch_dimension)
+        blocks = jax.numpy.pad(queries, ((0, missing), (0, 0))).reshape(num_blocks, -1, FLAGS.batch_dimension)
         return jax.lax.scan(of_block, jax.numpy.zeros_like(candidates), blocks)
 
     compiled = jax.jit(products)
-    return lambda: compiled(*arrays)
+    return lambda: compiled(*embeddings)
 
 
 def over_batches(peer, sizes):
