@@ -58,8 +58,13 @@ def milliseconds(times: list[float]) -> str:
 
 
 def ratio(times: list[float], others: list[float]) -> str:
-    """Returns the median and the quartiles of the ratios `times[i] / others[i]`, formatted."""
+    """Returns the median and the quartiles of the ratios `times[i] / others[i]`, formatted.
+
+    A single turn has no quartiles.
+    """
     ratios = [a / b for a, b in zip(times, others, strict=True)]
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
