@@ -1,11 +1,14 @@
-"""Setup of every test: the JAX backend on 8 virtual CPU devices, fixed seeds, and no distribution from other tests."""
+"""Setup of every test: the JAX backend on 8 virtual CPU devices, fixed seeds, and no distribution from other tests.
+
+`JAX_PLATFORMS=cuda` runs the tests on GPUs instead. Those that need more devices than there are, are skipped.
+"""
 
 import contextlib
 import os
 import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Threads of XLA's pool. With one per core, 8 devices that wait for each other in collectives can run out of threads.
 os.environ.setdefault("NPROC", "64")
@@ -14,6 +17,8 @@ os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"
+    if os.environ["JAX_PLATFORMS"] == "cpu"
+    else os.environ.get("XLA_FLAGS", "")
 )
 
 import jax
@@ -22,6 +27,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    # The expected values are exact, and a GPU rounds the factors of a product to 10 bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()
 # Programs that tests start are to run fast.
 del os.environ["XLA_FLAGS"]
@@ -47,14 +55,21 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def first_devices(number: int) -> list[jax.Device]:
+    """Returns the first devices. Skips the test if there are fewer."""
+    if len(jax.devices()) < number:
+        pytest.skip(f"needs {number} devices, and there are {len(jax.devices())}")
+    return jax.devices()[:number]
+
+
 def data_parallel(num_devices: int) -> keras.distribution.DataParallel:
-    return keras.distribution.DataParallel(devices=jax.devices()[:num_devices])
+    return keras.distribution.DataParallel(devices=first_devices(num_devices))
 
 
 def model_parallel(shape: tuple[int, int] = (2, 4), pattern: str = ".*movie.*embeddings"):
     """A 2-D mesh that splits batches over the axis `batch`, and the rows of matching tables over `model`."""
-    devices = jax.devices()[: shape[0] * shape[1]]
-    layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, ("batch", "model"), devices))
+    mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), first_devices(shape[0] * shape[1]))
+    layout_map = keras.distribution.LayoutMap(mesh)
     layout_map[pattern] = ("model", None)
     return keras.distribution.ModelParallel(layout_map=layout_map)
 

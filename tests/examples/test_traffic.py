@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "benchmarks"))
@@ -117,7 +118,7 @@ SPLIT = PartitionSpec("a", "b")
 
 def collectives_on_mesh(function, out_spec=SPLIT):
     """Returns the collectives of a function of each device's 8 x 8 part of an array, on a mesh of 2 x 4 devices."""
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+    mesh = Mesh(np.array(first_devices(8)).reshape(2, 4), ("a", "b"))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=SPLIT, out_specs=out_spec, check_vma=False)
     return collectives_of(mapped, jax.ShapeDtypeStruct((16, 32), "float32", sharding=NamedSharding(mesh, SPLIT)))
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from conftest import first_devices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,13 +35,13 @@ LAYOUTS = {
 
 def layout_of(name):
     shape, axes, row_axis = LAYOUTS[name]
-    return TableLayout(Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), axes), axes[0], row_axis)
+    return TableLayout(Mesh(np.array(first_devices(np.prod(shape))).reshape(shape), axes), axes[0], row_axis)
 
 
 def layout_of_shards(num_shards, over_batch_axis):
     if num_shards == 1:
         return None
-    devices = np.array(jax.devices()[:num_shards])
+    devices = np.array(first_devices(num_shards))
     if over_batch_axis:
         return TableLayout(Mesh(devices, ("batch",)), "batch", "batch")
     return TableLayout(Mesh(devices.reshape(1, num_shards), ("batch", "model")), "batch", "model")

@@ -1,9 +1,9 @@
 """A two-tower model that cannot be built leaves Keras usable: models that are built next do not meet its error."""
 
-import jax
 import keras
 import numpy as np
 import pytest
+from conftest import first_devices
 
 from keras_rs_contrib import ShardedEmbedding, TwoTowerModel
 
@@ -41,7 +41,7 @@ def assert_usable(*layers):
 
 
 def layout(pattern, axes, shape=(2, 4)):
-    devices = jax.devices()[: shape[0] * shape[1]]
+    devices = first_devices(shape[0] * shape[1])
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, ("batch", "model"), devices))
     layout_map[pattern] = axes
     keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import data_parallel
 from softmax_cases import BATCH, NUM_CANDIDATES, call_arguments, embeddings, loss_and_gradients
 
 from keras_rs_contrib import CrossBatchMemory, DistributedTwoTowerTask, MixedNegatives, StreamingSamplingProbability
@@ -111,7 +112,7 @@ def test_devices_agree(rng, num_devices, negatives, monkeypatch):
     monkeypatch.setattr(in_batch_softmax, "BLOCK_LOGITS", 64)
     queries, candidates = embeddings(rng, batch=24, num_candidates=28)
     arguments = call_arguments(rng, ("candidate_ids", "positive_ids", "candidate_mask"), 24, 28)
-    distribution = keras.distribution.DataParallel(devices=jax.devices()[:num_devices])
+    distribution = data_parallel(num_devices)
     keras.distribution.set_distribution(distribution)
 
     def on_devices(array):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import data_parallel
 from softmax_cases import BATCH, SOFTMAX_CASES, call_arguments, embeddings
 
 import keras_rs_contrib
@@ -86,7 +87,7 @@ def test_devices_agree(rng, num_devices, negatives):
     constructor, names = SOFTMAX_CASES["own negatives with ids"]
     queries, candidates = embeddings(rng, batch=24, num_candidates=32)
     arguments = call_arguments(rng, names, 24, 32)
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=jax.devices()[:num_devices]))
+    keras.distribution.set_distribution(data_parallel(num_devices))
     task = DistributedTwoTowerTask(negatives=negatives, **constructor)
     labels, logits = task.labels_and_logits(queries, candidates, **arguments)
     size = 24 // num_devices if negatives == "local" else 24

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import data_parallel
 from softmax_cases import BATCH, DIMENSION, NUM_CANDIDATES, SOFTMAX_CASES, call_arguments, embeddings
 
 from keras_rs_contrib import DistributedTwoTowerTask
@@ -23,7 +24,7 @@ def form(request, monkeypatch):
         monkeypatch.setattr(in_batch_softmax, "BLOCK_LOGITS", 1)
         monkeypatch.delattr(in_batch_softmax.InBatchSoftmax, "logits")
     if "local" in request.param:
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=jax.devices()[:2]))
+        keras.distribution.set_distribution(data_parallel(2))
     return request.param
 
 
@@ -93,7 +94,7 @@ def test_devices_agree(rng, num_devices, is_streamed, monkeypatch):
     embedded = ("query_embeddings", "candidate_embeddings", "negative_embeddings")
     task = DistributedTwoTowerTask(**constructor)
     results = []
-    for distribution in (None, keras.distribution.DataParallel(devices=jax.devices()[:num_devices])):
+    for distribution in (None, data_parallel(num_devices)):
         keras.distribution.set_distribution(distribution)
         given = dict(arguments)
         if distribution is not None:

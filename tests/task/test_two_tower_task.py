@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import data_parallel
 from softmax_cases import (
     BATCH,
     DIMENSION,
@@ -93,7 +94,7 @@ def test_loss_and_gradients_equal_those_of_one_device(distribution):
 def test_negatives_come_from_every_replica(rng):
     """With local negatives, each of the 8 queries would have its positive only, and the loss would be 0."""
     queries, candidates = embeddings(rng, batch=8, num_candidates=8)
-    distribution = keras.distribution.DataParallel(devices=jax.devices())
+    distribution = data_parallel(8)
     keras.distribution.set_distribution(distribution)
     layout = distribution.get_data_layout(queries.shape)
     queries, candidates = (

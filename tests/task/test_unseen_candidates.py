@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import data_parallel
 from softmax_cases import embeddings, loss_and_gradients
 
 from keras_rs_contrib import CrossBatchMemory, DistributedTwoTowerTask, MixedNegatives, StreamingSamplingProbability
@@ -56,7 +57,7 @@ def use_form(form, monkeypatch):
         monkeypatch.setattr(in_batch_softmax, "BLOCK_LOGITS", 2**17)
         monkeypatch.delattr(in_batch_softmax.InBatchSoftmax, "logits")
     if form == "local":
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=jax.devices()[:2]))
+        keras.distribution.set_distribution(data_parallel(2))
     loss = keras.losses.CategoricalCrossentropy(from_logits=True) if form == "custom loss" else None
     negatives = "local" if form == "local" else "global"
     return DistributedTwoTowerTask(loss, remove_accidental_hits=True, negatives=negatives)
