@@ -42,7 +42,7 @@ import quality_data
 import quality_peers
 from absl import app, flags, logging
 from quality_data import PROTOCOLS
-from quality_towers import Settings, ranks_of
+from quality_towers import NewRows, Settings, ranks_of
 from timing import Table, print_setting
 
 from keras_rs_contrib import MeanReciprocalRank, NDCGAtK, RecallAtK
@@ -63,7 +63,12 @@ flags.register_validator(
 )
 flags.DEFINE_list("only", [], "Beginnings of the names of methods to run, such as EASE. All by default.")
 flags.DEFINE_integer("num_splits", 3, "Number of random splits.", lower_bound=1)
-flags.DEFINE_integer("num_seeds", 3, "Number of seeds for each split, for methods that draw numbers.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_seeds",
+    None,
+    "Number of seeds for each split, for methods that draw numbers. By default 3 for `random`, and 1 for the others.",
+    lower_bound=1,
+)
 flags.DEFINE_bool("tune", False, "Evaluate hyperparameters on a part of the training interactions.")
 
 
@@ -112,10 +117,8 @@ TUTORIAL = Settings(
     epochs=50,
 )
 WARMER = dataclasses.replace(TOWERS, temperature=0.25)
-WITH_NEW_ROWS = dataclasses.replace(
-    WARMER, epochs=15, new_rows=Settings(learning_rate=0.006, batch_size=2000, epochs=40)
-)
-SMALL_WITH_NEW_ROWS = dataclasses.replace(WARMER, new_rows=Settings(learning_rate=0.006, batch_size=1000, epochs=20))
+WITH_NEW_ROWS = dataclasses.replace(WARMER, epochs=20, new_rows=NewRows(temperature=0.3))
+SMALL_WITH_NEW_ROWS = dataclasses.replace(WARMER, epochs=20, new_rows=NewRows(temperature=0.25))
 CHOSEN = {
     ("movielens", "random"): {"item-kNN": (200, 10), "EASE": 500, "ALS": (128, 30, 4), "towers": WARMER},
     ("movielens", "last"): {"item-kNN": (200, 10), "EASE": 100, "ALS": (64, 10, 1), "towers": WARMER},
@@ -150,6 +153,10 @@ CHANGES = {
         {"weight_decay": 0.003},
         {"similarity": "cosine"},
         {"similarity": "dot", "temperature": 1.0},
+        {"new_rows": NewRows(temperature=0.2)},
+        {"new_rows": NewRows(temperature=0.25)},
+        {"new_rows": NewRows(temperature=0.3)},
+        {"new_rows": NewRows(temperature=0.35)},
     ),
     "history towers": (
         {"embedding_dim": 64},
@@ -213,7 +220,10 @@ def methods_of(dataset, protocol):
         methods[name] = towers(hyperparameters)
         for change in CHANGES[name]:
             changed = dataclasses.replace(hyperparameters, **change)
-            if changed != hyperparameters and ("user" in changed.query or "query_dropout" not in change):
+            has_no_effect = ("query_dropout" in change and "user" not in changed.query) or (
+                "new_rows" in change and hyperparameters.new_rows is None
+            )
+            if changed != hyperparameters and not has_no_effect:
                 what = ", ".join(f"{field}={value}" for field, value in change.items())
                 methods[f"{name}, {what}"] = towers(changed)
     return methods
@@ -249,11 +259,12 @@ def run_all(methods, data, protocol):
     results = {name: Result([], [], collections.defaultdict(list)) for name in methods}
     # The split of the last interactions is always the same.
     split_seeds = range(FLAGS.num_splits if protocol != "last" else 1)
+    num_seeds = FLAGS.num_seeds or (3 if protocol == "random" else 1)
     runs = [
         (split_seed, name, seed)
         for split_seed in split_seeds
         for name, method in methods.items()
-        for seed in range(FLAGS.num_seeds if method.is_random else 1)
+        for seed in range(num_seeds if method.is_random else 1)
     ]
     splits = {seed: PROTOCOLS[protocol](data, seed, FLAGS.tune) for seed in split_seeds}
     for number, (split_seed, name, seed) in enumerate(runs):

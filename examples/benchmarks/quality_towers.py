@@ -6,6 +6,7 @@ import keras
 import keras_rs
 import numpy as np
 import quality_data
+from keras import ops
 
 from keras_rs_contrib import (
     DistributedTwoTowerTask,
@@ -17,13 +18,22 @@ from keras_rs_contrib import (
 
 
 @dataclasses.dataclass(frozen=True)
+class NewRows:
+    """How rows of new users are found, with all else fixed: by Adam, in this many steps on all of them at once."""
+
+    temperature: float
+    learning_rate: float = 0.01
+    steps: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Hyperparameters of a model.
 
     Attributes:
         objective: `"rating"`, as in the tutorial, or `"retrieval"`, an in-batch softmax with log-q correction.
         query: what the query tower knows: `"user"`, `"history"`, or both, `"user+history"`.
-        new_rows: how the rows of new users are trained after all else: learning rate, batch size and epochs.
+        new_rows: how users that are not in training get rows, or `None` if their histories are enough.
     """
 
     objective: str = "retrieval"
@@ -42,7 +52,7 @@ class Settings:
     decays: bool = True
     batch_size: int = 500
     epochs: int = 10
-    new_rows: "Settings | None" = None
+    new_rows: NewRows | None = None
 
 
 def ranks_of(split, seed, settings):
@@ -51,17 +61,58 @@ def ranks_of(split, seed, settings):
     features = _features(split, seed, settings)
     model = _model(split, settings)
     _fit(model, features, settings)
-    if settings.new_rows is not None:
-        # The table has rows for all users. Those of new users learn from what is known of them, all else stays.
-        model.candidate_tower.trainable = False
-        known = {"user": split.known.users, "item": split.known.items}
-        _fit(model, known, settings.new_rows)
     queries = {"user": split.users}
     if "history" in settings.query:
         queries["history"] = quality_data.known_items(split, settings.max_length, _rng(split, seed))
     queries = {name: queries[name] for name in settings.query.split("+")}
-    embeddings = model.query_tower(queries if len(queries) > 1 else queries[settings.query])
+    if settings.new_rows is not None:
+        embeddings = _new_rows(model.candidate_tower.embeddings, split, settings)
+    else:
+        embeddings = model.query_tower(queries if len(queries) > 1 else queries[settings.query])
     return np.asarray(model.retrieval.ranks(embeddings, split.held_out, exclude_ids=split.seen()))
+
+
+class CorpusLogits(keras.layers.Layer):
+    """The logits of all items, for rows of users.
+
+    Args:
+        items: `[num_items, embedding_dim]` float32, whose last elements are biases.
+        temperature: what divides the scores.
+    """
+
+    def __init__(self, items, temperature):
+        super().__init__()
+        self.items, self.biases = ops.normalize(items[:, :-1], axis=1), items[:, -1]
+        self.temperature = temperature
+
+    def call(self, rows):
+        """Returns `[batch, num_items]`, for `[batch, embedding_dim]` rows."""
+        cosines = ops.matmul(ops.normalize(rows[:, :-1], axis=1), ops.transpose(self.items))
+        return (cosines + self.biases) / self.temperature
+
+
+def _new_rows(items, split, settings):
+    """Returns the rows of users under which what is known of them is most likely, of all items.
+
+    Formula: the row `u` with the largest `sum(log p(i | u))` over the items `i` that the user is known to have chosen,
+    where `p` is the softmax over all items of `biased_cosine(u, i) / temperature`.
+
+    Args:
+        items: `[num_items, embedding_dim]` float32, the trained embeddings.
+        split: names the users.
+        settings: those of the model.
+    """
+    known = split.matrix()
+    users = np.arange(len(known))
+    model = keras.Sequential(
+        [_table(len(known), settings), CorpusLogits(ops.convert_to_tensor(items), settings.new_rows.temperature)]
+    )
+    rate = keras.optimizers.schedules.CosineDecay(settings.new_rows.learning_rate, settings.new_rows.steps)
+    # The sum, so that the gradient of a row does not depend on the number of rows.
+    model.compile(keras.optimizers.Adam(rate), keras.losses.CategoricalCrossentropy(True, reduction="sum"))
+    shares = known / known.sum(axis=1, keepdims=True)
+    model.fit(users, shares, batch_size=len(users), epochs=settings.new_rows.steps, verbose=0)
+    return model.layers[0](users)
 
 
 def _rng(split, seed):
@@ -86,13 +137,14 @@ def _features(split, seed, settings):
     return features
 
 
-def _model(split, settings):
-    def table(num_rows):
-        scale = keras.initializers.RandomUniform(-settings.initial_scale, settings.initial_scale)
-        return keras.layers.Embedding(num_rows, settings.embedding_dim, embeddings_initializer=scale)
+def _table(num_rows, settings):
+    scale = keras.initializers.RandomUniform(-settings.initial_scale, settings.initial_scale)
+    return keras.layers.Embedding(num_rows, settings.embedding_dim, embeddings_initializer=scale)
 
+
+def _model(split, settings):
     train = split.train
-    items, users = table(train.num_items), table(train.num_users)
+    items, users = _table(train.num_items, settings), _table(train.num_users, settings)
     tower, features = users, "user"
     if "history" in settings.query:
         has_row = settings.query == "user+history"
