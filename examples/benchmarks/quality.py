@@ -118,7 +118,9 @@ TUTORIAL = Settings(
 )
 WARMER = dataclasses.replace(TOWERS, temperature=0.25)
 WITH_NEW_ROWS = dataclasses.replace(WARMER, epochs=20, new_rows=NewRows(temperature=0.3))
-SMALL_WITH_NEW_ROWS = dataclasses.replace(WARMER, epochs=20, new_rows=NewRows(temperature=0.25))
+SMALL_WITH_NEW_ROWS = dataclasses.replace(
+    WARMER, epochs=20, batch_size=1000, learning_rate=0.006, new_rows=NewRows(temperature=0.225)
+)
 CHOSEN = {
     ("movielens", "random"): {"item-kNN": (200, 10), "EASE": 500, "ALS": (128, 30, 4), "towers": WARMER},
     ("movielens", "last"): {"item-kNN": (200, 10), "EASE": 100, "ALS": (64, 10, 1), "towers": WARMER},
