@@ -66,11 +66,11 @@ def data_parallel(num_devices: int) -> keras.distribution.DataParallel:
     return keras.distribution.DataParallel(devices=first_devices(num_devices))
 
 
-def model_parallel(shape: tuple[int, int] = (2, 4), pattern: str = ".*movie.*embeddings"):
-    """A 2-D mesh that splits batches over the axis `batch`, and the rows of matching tables over `model`."""
+def model_parallel(shape: tuple[int, int] = (2, 4), pattern: str = ".*movie.*embeddings", axes=("model", None)):
+    """A 2-D mesh that splits batches over the axis `batch`, and matching tables over `axes`."""
     mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), first_devices(shape[0] * shape[1]))
     layout_map = keras.distribution.LayoutMap(mesh)
-    layout_map[pattern] = ("model", None)
+    layout_map[pattern] = axes
     return keras.distribution.ModelParallel(layout_map=layout_map)
 
 

@@ -15,6 +15,7 @@ from keras_rs_contrib import (
     TwoTowerModel,
     shard_candidates,
 )
+from keras_rs_contrib.scores import score_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,41 +62,44 @@ def ranks_of(split, seed, settings):
     features = _features(split, seed, settings)
     model = _model(split, settings)
     _fit(model, features, settings)
+    if settings.new_rows is None:
+        embeddings = _query_embeddings(model, split, seed, settings)
+    else:
+        embeddings = _new_rows(model.candidate_tower.embeddings, split, settings)
+    return np.asarray(model.retrieval.ranks(embeddings, split.held_out, exclude_ids=split.seen()))
+
+
+def _query_embeddings(model, split, seed, settings):
     queries = {"user": split.users}
     if "history" in settings.query:
         queries["history"] = quality_data.known_items(split, settings.max_length, _rng(split, seed))
     queries = {name: queries[name] for name in settings.query.split("+")}
-    if settings.new_rows is not None:
-        embeddings = _new_rows(model.candidate_tower.embeddings, split, settings)
-    else:
-        embeddings = model.query_tower(queries if len(queries) > 1 else queries[settings.query])
-    return np.asarray(model.retrieval.ranks(embeddings, split.held_out, exclude_ids=split.seen()))
+    return model.query_tower(queries if len(queries) > 1 else queries[settings.query])
 
 
 class CorpusLogits(keras.layers.Layer):
     """The logits of all items, for rows of users.
 
     Args:
-        items: `[num_items, embedding_dim]` float32, whose last elements are biases.
+        items: `[num_items, embedding_dim]` float32.
+        similarity: that of the model.
         temperature: what divides the scores.
     """
 
-    def __init__(self, items, temperature):
+    def __init__(self, items, similarity, temperature):
         super().__init__()
-        self.items, self.biases = ops.normalize(items[:, :-1], axis=1), items[:, -1]
-        self.temperature = temperature
+        self.items, self.similarity, self.temperature = items, similarity, temperature
 
     def call(self, rows):
         """Returns `[batch, num_items]`, for `[batch, embedding_dim]` rows."""
-        cosines = ops.matmul(ops.normalize(rows[:, :-1], axis=1), ops.transpose(self.items))
-        return (cosines + self.biases) / self.temperature
+        return score_matrix(rows, self.items, self.similarity) / self.temperature
 
 
 def _new_rows(items, split, settings):
     """Returns the rows of users under which what is known of them is most likely, of all items.
 
     Formula: the row `u` with the largest `sum(log p(i | u))` over the items `i` that the user is known to have chosen,
-    where `p` is the softmax over all items of `biased_cosine(u, i) / temperature`.
+    where `p` is the softmax over all items of `similarity(u, i) / temperature`.
 
     Args:
         items: `[num_items, embedding_dim]` float32, the trained embeddings.
@@ -104,9 +108,8 @@ def _new_rows(items, split, settings):
     """
     known = split.matrix()
     users = np.arange(len(known))
-    model = keras.Sequential(
-        [_table(len(known), settings), CorpusLogits(ops.convert_to_tensor(items), settings.new_rows.temperature)]
-    )
+    logits = CorpusLogits(ops.convert_to_tensor(items), settings.similarity, settings.new_rows.temperature)
+    model = keras.Sequential([_table(len(known), settings), logits])
     rate = keras.optimizers.schedules.CosineDecay(settings.new_rows.learning_rate, settings.new_rows.steps)
     # The sum, so that the gradient of a row does not depend on the number of rows.
     model.compile(keras.optimizers.Adam(rate), keras.losses.CategoricalCrossentropy(True, reduction="sum"))

@@ -5,7 +5,7 @@ import keras
 import keras_rs
 import numpy as np
 import pytest
-from conftest import data_parallel, first_devices
+from conftest import data_parallel, model_parallel
 
 from keras_rs_contrib import RowSparseEmbedding, RowWiseAdagrad, ShardedEmbedding, shard_candidates
 
@@ -40,10 +40,7 @@ def assert_usable(*layers):
 
 
 def layout(pattern, axes, shape=(2, 4)):
-    devices = first_devices(shape[0] * shape[1])
-    layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, ("batch", "model"), devices))
-    layout_map[pattern] = axes
-    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
+    keras.distribution.set_distribution(model_parallel(shape, pattern, axes))
 
 
 # Layout maps.
