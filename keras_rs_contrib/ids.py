@@ -20,6 +20,8 @@ from keras_rs_contrib.vocabulary import Vocabulary
 
 # The id of "no candidate", in rows with fewer candidates than columns.
 NO_CANDIDATE = -1
+# The rank of a candidate that is not in a list: after the k best of any list, for any k.
+NOT_IN_LIST = int(np.iinfo(np.int32).max)
 
 
 def check_candidate_ids(candidate_ids: Any, name: str = "candidate_ids") -> np.ndarray[Any, np.dtype[np.int32]]:

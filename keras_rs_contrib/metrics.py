@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_rs_contrib.arguments import check_sample_weight, explains_keywords, positive_int
+from keras_rs_contrib.ids import NOT_IN_LIST
 
 
 class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
@@ -41,8 +42,8 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
 
         Args:
             ranks: ints from `ShardedBruteForceRetrieval.ranks`, 0 for the best: `[num_queries]` for one positive per
-                query, or `[num_queries, m]` for up to m positives. A negative rank means no positive. Queries without
-                positives are not counted.
+                query, or `[num_queries, m]` for up to m positives. A negative rank means no positive, and 2**31 - 1 one
+                that is not in the list. Queries without positives are not counted.
             sample_weight: `[num_queries]` weights, finite and at least 0; 0 for padding. `None` means a weight of 1 for
                 each query. While compiling, the values are not checked: NaN makes the result NaN.
 
@@ -96,7 +97,8 @@ class RankMetric(keras.metrics.Metric):  # type: ignore[misc]
         """Returns the value of each query.
 
         Args:
-            ranks: `[num_queries, m]` int32, negative for no positive. Each counted query has at least one positive.
+            ranks: `[num_queries, m]` int32, negative for no positive, 2**31 - 1 for one that is not in the list. Each
+                counted query has at least one positive.
 
         Returns:
             `[num_queries]` float.
@@ -146,7 +148,7 @@ class _RankMetricAtK(RankMetric):
     def positives_and_hits(self, ranks: Any) -> tuple[Any, Any]:
         """Returns bool masks, shape of `ranks`: the positives, and the positives with ranks below k."""
         is_positive = ops.greater_equal(ranks, 0)
-        return is_positive, ops.logical_and(is_positive, ops.less(ranks, self.k))
+        return is_positive, ops.logical_and(is_positive, ops.less(ranks, min(self.k, NOT_IN_LIST)))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
@@ -231,7 +233,7 @@ class MeanReciprocalRank(RankMetric):
     """Mean reciprocal rank (MRR) of a query's best positive in the whole corpus.
 
     Formula: `mrr = mean(1 / (best_rank + 1))` over queries, where `best_rank` is the lowest rank of a query's
-    positives, and ranks start at 0. The list has no cutoff.
+    positives, and ranks start at 0. The list has no cutoff. A query adds 0 if none of its positives is in the list.
 
     Args:
         name: name of the metric.
@@ -253,7 +255,8 @@ class MeanReciprocalRank(RankMetric):
 
     def values(self, ranks: Any) -> Any:
         """Returns the reciprocal rank of each query."""
-        places = ops.where(ops.greater_equal(ranks, 0), ops.add(ops.cast(ranks, "float32"), 1.0), float("inf"))
+        is_found = ops.logical_and(ops.greater_equal(ranks, 0), ops.less(ranks, NOT_IN_LIST))
+        places = ops.where(is_found, ops.add(ops.cast(ranks, "float32"), 1.0), float("inf"))
         return ops.divide(1.0, ops.min(places, axis=1))
 
 

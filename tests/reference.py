@@ -4,6 +4,9 @@ import math
 
 import numpy as np
 
+# The rank of a candidate that is not in the list.
+NOT_IN_LIST = 2**31 - 1
+
 
 def similarity_score(query, candidate, similarity="dot"):
     query, candidate = np.asarray(query, np.float64), np.asarray(candidate, np.float64)
@@ -179,7 +182,7 @@ def top_k(queries, table, k, *, similarity="dot", ids=None, exclude_ids=(), excl
 
 
 def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_ids_by_query=None, similarity="dot"):
-    """The rank of one candidate in the whole list of each query, or `len(table)` if it is not in the list."""
+    """The rank of one candidate in the whole list of each query, or `NOT_IN_LIST`."""
     _, lists = top_k(
         queries,
         table,
@@ -190,7 +193,7 @@ def ranks(queries, table, candidate_ids, *, ids=None, exclude_ids=(), exclude_id
         exclude_ids_by_query=exclude_ids_by_query,
     )
     return [
-        row.tolist().index(wanted) if wanted in row else len(table)
+        row.tolist().index(wanted) if wanted in row else NOT_IN_LIST
         for row, wanted in zip(lists, candidate_ids, strict=True)
     ]
 
@@ -210,7 +213,8 @@ def ndcg(ranks, k):
 
 def reciprocal_rank(ranks):
     """`1 / (1 + rank)` of the best positive."""
-    return 1 / (1 + min(int(rank) for rank in ranks if rank >= 0))
+    best = min(int(rank) for rank in ranks if rank >= 0)
+    return 0.0 if best == NOT_IN_LIST else 1 / (1 + best)
 
 
 def mean_over_queries(value, ranks, sample_weight=None):

@@ -60,6 +60,12 @@ def test_results_match_the_formula(rng, metric_and_value, m, is_weighted):
         (MeanReciprocalRank(), [0, 1, 9], (1 + 1 / 2 + 1 / 10) / 3),
         (MeanReciprocalRank(), [[7, 3, -1]], 1 / 4),
         (MeanReciprocalRank(), [2**30], 2**-30),
+        # Not in the list, which is shorter than k.
+        (RecallAtK(100), [2, 2**31 - 1], 0.5),
+        (RecallAtK(2**40), [2, 2**31 - 1], 0.5),
+        (NDCGAtK(100), [[0, 2**31 - 1]], 1 / (1 + 1 / np.log2(3))),
+        (MeanReciprocalRank(), [[2**31 - 1, 1]], 0.5),
+        (MeanReciprocalRank(), [2**31 - 1, 0], 0.5),
     ],
 )
 def test_results_by_hand(metric, ranks, expected):
@@ -145,7 +151,12 @@ def test_results_for_random_ranks_match_the_formula(data):
     """Uses few shapes, so that few programs are compiled."""
     num_queries, m = data.draw(st.sampled_from([(1, 1), (4, 3)]))
     k = data.draw(st.sampled_from([1, 2, 100]))
-    row = st.lists(st.integers(-1, 9), min_size=m, max_size=m, unique_by=lambda rank: rank if rank >= 0 else object())
+    row = st.lists(
+        st.integers(-1, 9) | st.just(2**31 - 1),
+        min_size=m,
+        max_size=m,
+        unique_by=lambda rank: rank if rank >= 0 else object(),
+    )
     ranks = np.array(data.draw(st.lists(row, min_size=num_queries, max_size=num_queries)), "int32")
     weights = st.sampled_from([0.0, 0.25, 1.0, 7.0])
     sample_weight = data.draw(st.none() | st.lists(weights, min_size=num_queries, max_size=num_queries))

@@ -16,6 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 from keras import ops
 
+from keras_rs_contrib.ids import NOT_IN_LIST
 from keras_rs_contrib.index.candidate_rows import ids_of_rows, rows_of_ids
 from keras_rs_contrib.index.exchange import Exchange, gather_rows, on_shards
 from keras_rs_contrib.index.ranks import ranks
@@ -99,8 +100,7 @@ def ranks_of_listed(
         own_exclude_ids: as in `top_k_of_listed`.
 
     Returns:
-        `[num_queries, n]` int32, 0 is best. `search.num_candidates` for targets that are not listed, and queries with
-        NaN.
+        `[num_queries, n]` int32, 0 is best. `NOT_IN_LIST` for targets that are not listed, and queries with NaN.
     """
     rows, is_listed = _listed_rows(include_ids, id_lookup, own_exclude_ids, search.num_candidates)
     if keras.backend.backend() != "jax":
@@ -119,7 +119,7 @@ def ranks_of_listed(
     else:
         counts = _ranks_of_lists(query_embeddings, table, places, rows, is_listed, search, exclude_rows)
     has_nan = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
-    return jnp.where(is_known & ~has_nan, counts, search.num_candidates)
+    return jnp.where(is_known & ~has_nan, counts, NOT_IN_LIST)
 
 
 def _listed_rows(include_ids: Any, id_lookup: Any, own_exclude_ids: Any, num_candidates: int) -> tuple[Any, Any]:

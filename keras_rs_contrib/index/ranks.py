@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 from keras import ops
 
+from keras_rs_contrib.ids import NOT_IN_LIST
 from keras_rs_contrib.index.candidate_rows import excluded_in_block, included_columns, rows_in_shard, split_of
 from keras_rs_contrib.index.exchange import Exchange, on_shards
 from keras_rs_contrib.index.rank_counts import MIN_THRESHOLDS, counts_in_passes, counts_in_tiles
@@ -43,8 +44,8 @@ def ranks(
         included: the only rows that count for each query, as in `top_k`; or `None` for all.
 
     Returns:
-        int32, shape of `target_rows`, 0 is best. `search.num_candidates` for a query with NaN, and for target rows that
-        are no candidates, or left out by `excluded` or `included`.
+        int32, shape of `target_rows`, 0 is best. `NOT_IN_LIST` for a query with NaN, and for target rows that are no
+        candidates, or left out by `excluded` or `included`.
     """
     if keras.backend.backend() != "jax":
         return _ranks_in_matrix(query_embeddings, table, target_rows, search, exclude_rows, excluded, included)
@@ -77,7 +78,7 @@ def ranks(
             is_own &= jnp.broadcast_to(counts, scores.shape)[own_rows_or_any, columns[:, None]]
             target_keys = exchange.maximum(jnp.where(is_own, to_keys(own_scores), -jnp.inf))
             # The shards add up their counts, so only one of them counts a target that is left out.
-            rank_of_none = jnp.where(first_row == 0, search.num_candidates, 0)
+            rank_of_none = jnp.where(first_row == 0, NOT_IN_LIST, 0)
             keys = to_keys(scores)
             if exclude_rows is not None:
                 # NaN is neither above the target's score nor equal to it, however often the row is named.
@@ -103,7 +104,7 @@ def ranks(
         ("table", excluded),
     )
     has_nan = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
-    return jnp.where(has_nan, search.num_candidates, counts).reshape(target_rows.shape)
+    return jnp.where(has_nan, NOT_IN_LIST, counts).reshape(target_rows.shape)
 
 
 def _ranks_in_matrix(
@@ -146,4 +147,4 @@ def _ranks_in_matrix(
     result = ops.reshape(result, ops.shape(targets))
     has_nan = ops.any(ops.isnan(query_embeddings), axis=1, keepdims=True)
     in_list = ops.logical_and(is_own, ops.logical_not(has_nan))
-    return ops.reshape(ops.where(in_list, result, num_candidates), ops.shape(target_rows))
+    return ops.reshape(ops.where(in_list, result, NOT_IN_LIST), ops.shape(target_rows))

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.ids import NO_CANDIDATE, NOT_IN_LIST
 from keras_rs_contrib.index.candidate_rows import rows_of_ids
 from keras_rs_contrib.index.listed_candidates import ranks_of_listed
 from keras_rs_contrib.index.ranks import ranks
@@ -42,8 +42,8 @@ def ranks_of_ids(
         own_exclude_ids: as in `ranks_of_listed`, with `listed_ids`.
 
     Returns:
-        `[num_queries, n]` int32 ranks, 0 is best, -1 for none, and `search.num_candidates` for candidates that are not
-        in the list; and `[num_queries, n]` bool, whether no candidate has the id.
+        `[num_queries, n]` int32 ranks, 0 is best, -1 for none, and `NOT_IN_LIST` for candidates that are not in the
+        list; and `[num_queries, n]` bool, whether no candidate has the id.
     """
     num_candidates = search.num_candidates
     rows = rows_of_ids(candidate_ids, id_lookup, num_candidates)
@@ -56,6 +56,6 @@ def ranks_of_ids(
     else:
         result = ranks(query_embeddings, table, rows, search, exclude_rows, excluded, included)
     if exclude_ids is not None:
-        result = ops.where(contains(exclude_ids, candidate_ids), num_candidates, result)
+        result = ops.where(contains(exclude_ids, candidate_ids), NOT_IN_LIST, result)
     is_unknown = ops.logical_and(ops.equal(rows, num_candidates), ops.logical_not(is_none))
     return ops.where(is_none, NO_CANDIDATE, result), is_unknown

@@ -274,8 +274,8 @@ class ShardedBruteForceRetrieval(IdArguments, CandidateStore, keras_rs.layers.Br
             include_mask: an alternative to `include_ids`, as in `find`.
 
         Returns:
-            int32, shape of `candidate_ids`; 0 is best and -1 the rank of none. The rank is the number of candidates if
-            the candidate is not in the list, the query has NaN, or, while compiling, no candidate has the id.
+            int32, shape of `candidate_ids`; 0 is best and -1 the rank of none. The rank is 2**31 - 1 if the candidate
+            is not in the list, the query has NaN, or, while compiling, no candidate has the id.
 
         Raises:
             TypeError: if ids are not integers, or a mask is not of bools.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_rs_contrib.ids import NO_CANDIDATE
+from keras_rs_contrib.ids import NO_CANDIDATE, NOT_IN_LIST
 
 # Queries are searched in blocks of about this many bools.
 _BLOCK_SIZE = 2**26
@@ -21,7 +21,7 @@ class Popularity:
     Attributes:
         ids: `[n]` ids, the most popular first, without those that the index never returns.
         counts: `[n]` their numbers of rows.
-        num_candidates: the number of candidates of the index, which is the rank of a candidate that is not in a list.
+        num_candidates: the number of candidates of the index.
         rows: `[n]` their rows in the index.
     """
 
@@ -97,7 +97,7 @@ class Popularity:
             include_mask: as in `find`.
 
         Returns:
-            `[num_queries, n]` int32, 0 for the best; -1 for none, and `num_candidates` if it is not in the list.
+            `[num_queries, n]` int32, 0 for the best; -1 for none, and `NOT_IN_LIST`.
         """
         target_ids = np.asarray(target_ids)
         if include_ids is None and include_mask is None:
@@ -114,21 +114,21 @@ class Popularity:
             before = np.cumsum(allowed, axis=1) - allowed
             query = np.arange(len(targets))[:, None]
             is_in_list = is_known & allowed[query, places]
-            result[rows] = np.where(is_in_list, before[query, places], self.num_candidates)
+            result[rows] = np.where(is_in_list, before[query, places], NOT_IN_LIST)
         return np.where(target_ids == NO_CANDIDATE, NO_CANDIDATE, result).astype("int32")
 
     def _ranks_among_all(self, target_ids: np.ndarray[Any, Any], exclude_ids: Any) -> np.ndarray[Any, Any]:
         """Returns the ranks in lists without what is excluded. The cost does not depend on the number of candidates."""
         places, is_in_list = self._places(target_ids)
         if exclude_ids is None:
-            return np.where(is_in_list, places, self.num_candidates)
+            return np.where(is_in_list, places, NOT_IN_LIST)
         # Each pair of a query and a place is one number, so that one sorted array has those of all queries.
         starts = np.arange(len(target_ids))[:, None] * np.int64(len(self.ids))
         left_out, is_known = self._places(exclude_ids)
         left_out = np.unique((starts + left_out)[is_known])
         first, end = np.searchsorted(left_out, starts), np.searchsorted(left_out, starts + places)
         is_left_out = np.isin(starts + places, left_out)
-        return np.where(is_in_list & ~is_left_out, places - (end - first), self.num_candidates)
+        return np.where(is_in_list & ~is_left_out, places - (end - first), NOT_IN_LIST)
 
     @functools.cached_property
     def _sorter(self) -> np.ndarray[Any, Any]:

@@ -48,7 +48,9 @@ def test_lists_and_ranks_match_loops(rng, name, k):
         targets = rng.choice([*INDEX_IDS, -1, 77], (5, 3))
         ranks = POPULARITY.ranks(targets, **limits)
         for row, ids_of_row, ranks_of_row in zip(lists, targets.tolist(), ranks.tolist(), strict=True):
-            assert ranks_of_row == [-1 if each == -1 else row.index(each) if each in row else 7 for each in ids_of_row]
+            expected = [row.index(each) if each in row else 2**31 - 1 for each in ids_of_row]
+            expected = [-1 if each == -1 else rank for each, rank in zip(ids_of_row, expected, strict=True)]
+            assert ranks_of_row == expected
 
 
 def test_no_queries_have_no_lists_and_ranks():

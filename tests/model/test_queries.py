@@ -209,6 +209,13 @@ def test_only_films_in_stock_are_recommended(monkeypatch):
             assert value == pytest.approx(np.mean(np.array(ranks) < 2))
 
 
+def test_positives_outside_of_the_list_are_never_found(model):
+    metrics = [RecallAtK(100), NDCGAtK(100), MeanReciprocalRank()]
+    for limits in ({"exclude_ids": [[3]]}, {"include_ids": [1, 2]}, {"include_mask": np.arange(NUM_MOVIES) == 1}):
+        values = model.evaluate_queries({"user_id": [0]}, [[3]], metrics=metrics, **limits)
+        assert list(values.values()) == [0, 0, 0], limits
+
+
 def test_wide_rows_are_searched_for_fewer_queries_at_once(model, monkeypatch):
     monkeypatch.setattr(query_rows, "MAX_VALUES_AT_ONCE", 2 * NUM_MOVIES)
     sizes = []
