@@ -220,10 +220,11 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"`queries` must be unique. Received: {twice!r} twice. Remove the duplicates.")
-        rows = Vocabulary(names or ["no query"])
+        # Without queries, all pairs are of other ones.
+        rows = Vocabulary(names or _unique(query_ids) or ["no query"])
         return group_candidate_ids(rows.encode(query_ids), candidate_ids, np.arange(1, len(names) + 1).reshape(shape))
     if _are_names(candidate_ids):
-        rows = Vocabulary.from_data(candidate_ids)
+        rows = Vocabulary(_unique(candidate_ids) or ["no candidate"])
         return rows.decode(group_candidate_ids(query_ids, rows.encode(candidate_ids), queries))
     query_ids = check_candidate_ids(query_ids, "query_ids")
     candidate_ids = check_candidate_ids(candidate_ids)
@@ -255,6 +256,10 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     result = np.full((len(queries), max(1, int(counts.max(initial=0)))), NO_CANDIDATE, np.int32)
     result[query_rows, columns] = candidate_ids
     return result
+
+
+def _unique(names: Any) -> list[Any]:
+    return list(dict.fromkeys(flat_names(names)[0]))
 
 
 def _places(ids: np.ndarray[Any, Any], in_order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -146,6 +146,9 @@ def test_invalid_arguments_of_group_candidate_ids_raise(query_ids, candidate_ids
         ([2**40, 1], [3, 4], [1, 2**40], [[4], [3]]),
         ([1, 2], np.array([2**40, 4]), [1, 2], [[2**40], [4]]),
         (["a"], [3], [], np.zeros((0, 1), int)),
+        ([2**40], [3], [], np.zeros((0, 1), int)),
+        (np.array([], str), np.array([], str), ["a"], [[None]]),
+        (np.array([], str), [], ["a"], [[-1]]),
     ],
 )
 def test_group_candidate_ids_takes_names(query_ids, candidate_ids, queries, expected):
