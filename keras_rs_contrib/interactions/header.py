@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import re
@@ -118,10 +119,10 @@ def _plain(name: str) -> str:
 
 def _fields(line: str, sep: str, quote: str) -> list[str]:
     if len(sep) == 1 and quote in line and quote:
-        fields = next(csv.reader([line], delimiter=sep, quotechar=quote), [])
-    else:
-        fields = line.split(sep)
-    return [field.strip() for field in fields]
+        # A carriage return within a line, or a field of more than 128 KiB, is an error.
+        with contextlib.suppress(csv.Error):
+            return [field.strip() for field in next(csv.reader([line], delimiter=sep, quotechar=quote), [])]
+    return [field.strip() for field in line.split(sep)]
 
 
 def _separator(lines: list[str], wanted: Sequence[str], column_names: Sequence[str] | None, quote: str) -> str:

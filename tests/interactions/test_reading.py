@@ -371,6 +371,7 @@ def test_only_the_first_lines_are_reported(tmp_path):
         ('a,"b\n""c""\nd"\ne,\'f\'\ng,"\n', ["a", "e"], ['b\n"c"\nd', "'f'"], {"invalid quotes": [6]}),
         ('a,b"\nc,"d\n\ne"\nf\n', ["a", "c"], ['b"', "d\n\ne"], {"too few fields": [6]}),
         ('a,"b,c\nd"\ne\nf,g\n', ["a", "f"], ["b,c\nd", "g"], {"too few fields": [4]}),
+        (f'"{"a" * 200_000}",b\n', ["a" * 200_000], ["b"], {}),
     ],
 )
 def test_quotes(content, users, items, skipped, tmp_path):
@@ -541,6 +542,7 @@ def test_parquet_has_its_own_names(tmp_path):
         (b"userId,item,rating,time\na,b,1,1\n", r"Received: 'user', .*\['userId', 'item', 'rating', .*mean 'userId'"),
         (b"users/items\na,b,1,1\n", r"If something else separates its fields, pass `sep`. .*'users/items'"),
         (b"a,b,c,d\ne,f,g,h\n", "Pass one of them"),
+        (bytes(range(256)) * 20, "Received: 'user', and a file with the columns"),
         (gzip.compress(CSV.encode(), mtime=0)[:-12], "must be whole. Received"),
         (b"BZh9 not", "must be whole. Received"),
         (b"PK\x03\x04 not", "must be whole. Received"),
