@@ -143,12 +143,17 @@ def exit_on_errors(flag: str):
     try:
         yield
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"--{flag}={FLAGS[flag].value}: {' '.join(str(error).split())}")
+        # The system says only what is wrong.
+        is_of_system = isinstance(error, OSError) and error.strerror is not None
+        text = f"{error.strerror}. Use another path." if is_of_system else str(error)
+        sys.exit(f"--{flag}={FLAGS[flag].value}: {' '.join(text.split())}")
 
 
 def check_flags() -> bool:
     """Returns whether to train. Exits if flags do not fit together, or if an output cannot be written."""
     is_training = FLAGS.train and FLAGS.interactions is not None
+    if FLAGS.recommend_for == []:
+        sys.exit("--recommend_for: the list is empty. Name users, such as u42,u7, or drop it.")
     if FLAGS.interactions is None and not FLAGS.recommend_for:
         sys.exit(
             "--interactions: it must name a file to learn from, with --user_column and --item_column. "
@@ -262,6 +267,8 @@ def split_rows(rows: pd.DataFrame) -> Parts:
         with exit_on_errors("min_item" if FLAGS.min_item > 1 else "min_user"):
             rows = interactions.k_core(rows, user, item, min_user=FLAGS.min_user, min_item=FLAGS.min_item)
         print(f"{len(rows):,} rows of users and items that have enough of them, {describe(rows)}.")
+    if FLAGS.split == "time" and rows[FLAGS.time_column].nunique() < 2:
+        sys.exit("--split=time: all rows have the same time. Use --split=random.")
     with exit_on_errors("split"):
         if FLAGS.split == "time":
             train, test = interactions.split_by_time(rows, FLAGS.time_column)
@@ -283,7 +290,7 @@ def split_rows(rows: pd.DataFrame) -> Parts:
             "training rows, whose items are not recommended again."
         )
     if not len(parts.positives):
-        sys.exit(f"--split={FLAGS.split}: no row for testing has an item of the training rows. Use another split.")
+        sys.exit(f"--split={FLAGS.split}: none of the rows for testing can be tested. Use another split, or more data.")
     return parts
 
 

@@ -99,10 +99,13 @@ ERRORS = [
     (("--interactions=empty.csv", *COLUMNS), "which is empty"),
     (("--interactions=header.csv", *COLUMNS), "which has a header and no rows"),
     (("--interactions=one.csv", *COLUMNS), "Both parts of a split must have rows."),
-    (("--interactions=same_time.csv", *COLUMNS, "--time_column=time"), "--split=time: A split by time needs"),
+    (
+        ("--interactions=same_time.csv", *COLUMNS, "--time_column=time"),
+        "all rows have the same time. Use --split=random.",
+    ),
     (
         ("--interactions=new_items.csv", *COLUMNS, "--time_column=time"),
-        "no row for testing has an item",
+        "none of the rows for testing can be tested",
     ),
     (("--interactions=tiny.csv", *COLUMNS, "--split=time"), "--split=time: it needs the times of rows."),
     (("--interactions=tiny.csv", *COLUMNS, "--tower=history"), "--tower=history: it needs the times of rows."),
@@ -113,7 +116,7 @@ ERRORS = [
     ((*TINY, "--users="), "--users: the list is empty."),
     ((*TINY, "--k=41"), "--k=41: there are only 40 items. Use a smaller k."),
     ((*TINY, "--num_devices=1000"), "--num_devices=1000: JAX has only"),
-    ((*TINY, "--titles=title.csv"), "--titles=title.csv: [Errno 2] No such file"),
+    ((*TINY, "--titles=title.csv"), "--titles=title.csv: No such file or directory. Use another path."),
     ((*TINY, "--titles=ambiguous.csv"), "Name it with --title_column."),
     ((*TINY, "--titles=titles.csv", "--title_column=name"), "the columns ['movie', 'Title', 'year']"),
     ((*TINY, "--titles=titles.csv", "--titles_item_column=id"), "Received: 'id', and a file with the columns ['movie'"),
@@ -125,6 +128,8 @@ ERRORS = [
     (("--recommend_for=u1",), "--model_path=recommender.keras: no such file. Train a model first"),
     (("--recommend_for=u1", "--model_path=not_a_model.keras"), "it cannot be loaded"),
     (("--recommend_for=u1", f"--model_path={PLAIN_MODEL}"), "it is not a model that this program has saved"),
+    (("--recommend_for=",), "--recommend_for: the list is empty."),
+    ((*TINY, "--recommend_for="), "--recommend_for: the list is empty."),
     (("--recommend_for=u1", "--epochs=2"), "--epochs: it has no effect without training."),
     (("--recommend_for=u1", "--sep=,"), "--sep: it has no effect without --interactions."),
 ]
