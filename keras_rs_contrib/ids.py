@@ -221,10 +221,10 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"`queries` must be unique. Received: {twice!r} twice. Remove the duplicates.")
         # Without queries, all pairs are of other ones.
-        rows = Vocabulary(names or _unique(query_ids) or ["no query"])
+        rows = Vocabulary(names) if names else _vocabulary_of(query_ids)
         return group_candidate_ids(rows.encode(query_ids), candidate_ids, np.arange(1, len(names) + 1).reshape(shape))
     if _are_names(candidate_ids):
-        rows = Vocabulary(_unique(candidate_ids) or ["no candidate"])
+        rows = _vocabulary_of(candidate_ids)
         return rows.decode(group_candidate_ids(query_ids, rows.encode(candidate_ids), queries))
     query_ids = check_candidate_ids(query_ids, "query_ids")
     candidate_ids = check_candidate_ids(candidate_ids)
@@ -258,8 +258,10 @@ def group_candidate_ids(query_ids: Any, candidate_ids: Any, queries: Any) -> np.
     return result
 
 
-def _unique(names: Any) -> list[Any]:
-    return list(dict.fromkeys(flat_names(names)[0]))
+def _vocabulary_of(names: Any) -> Vocabulary:
+    """Returns the vocabulary of names, or, if there are none, one of another name."""
+    names, _ = flat_names(names)
+    return Vocabulary.from_data(names or ["no name"])
 
 
 def _places(ids: np.ndarray[Any, Any], in_order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -126,6 +126,7 @@ def test_group_candidate_ids_by_hand(query_ids, candidate_ids, queries, expected
         (["a"], [3], [1], TypeError, "A name must be of the kind"),
         (["a"], [3], ["a", "b", "a"], ValueError, "`queries` must be unique. Received: 'a' twice"),
         (["a", None], [3, 4], ["a"], ValueError, "must not be missing"),
+        ([1, 1, 2], ["x", "x", ""], [1], ValueError, "must not be empty. Received: '' in row 2"),
         (["a"], ["x", "y"], ["a"], ValueError, r"shapes \(1,\), \(2,\) and \(1,\)"),
         (["a"], ["x"], [["a"]], ValueError, r"and \(1, 1\)"),
         ([1], [3], [True], TypeError, "`queries` must be integers"),
