@@ -147,8 +147,7 @@ class _RankMetricAtK(RankMetric):
 
     def positives_and_hits(self, ranks: Any) -> tuple[Any, Any]:
         """Returns bool masks, shape of `ranks`: the positives, and the positives with ranks below k."""
-        is_positive = ops.greater_equal(ranks, 0)
-        return is_positive, ops.logical_and(is_positive, ops.less(ranks, min(self.k, NOT_IN_LIST)))
+        return ops.greater_equal(ranks, 0), _are_among_best(ranks, self.k)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
@@ -255,9 +254,14 @@ class MeanReciprocalRank(RankMetric):
 
     def values(self, ranks: Any) -> Any:
         """Returns the reciprocal rank of each query."""
-        is_found = ops.logical_and(ops.greater_equal(ranks, 0), ops.less(ranks, NOT_IN_LIST))
-        places = ops.where(is_found, ops.add(ops.cast(ranks, "float32"), 1.0), float("inf"))
+        is_in_list = _are_among_best(ranks, NOT_IN_LIST)
+        places = ops.where(is_in_list, ops.add(ops.cast(ranks, "float32"), 1.0), float("inf"))
         return ops.divide(1.0, ops.min(places, axis=1))
+
+
+def _are_among_best(ranks: Any, k: int) -> Any:
+    """Returns which ranks are those of positives in the list, and below k."""
+    return ops.logical_and(ops.greater_equal(ranks, 0), ops.less(ranks, min(k, NOT_IN_LIST)))
 
 
 def _count(mask: Any) -> Any:

@@ -118,8 +118,8 @@ def ranks_of_listed(
         counts = ranks(query_embeddings, few, places, among, exclude_places, ~is_listed)
     else:
         counts = _ranks_of_lists(query_embeddings, table, places, rows, is_listed, search, exclude_rows)
-    has_nan = jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
-    return jnp.where(is_known & ~has_nan, counts, NOT_IN_LIST)
+        is_known &= ~jnp.isnan(query_embeddings).any(axis=1, keepdims=True)
+    return jnp.where(is_known, counts, NOT_IN_LIST)
 
 
 def _listed_rows(include_ids: Any, id_lookup: Any, own_exclude_ids: Any, num_candidates: int) -> tuple[Any, Any]:

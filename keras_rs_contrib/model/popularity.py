@@ -97,7 +97,7 @@ class Popularity:
             include_mask: as in `find`.
 
         Returns:
-            `[num_queries, n]` int32, 0 for the best; -1 for none, and `NOT_IN_LIST`.
+            `[num_queries, n]` int32, 0 for the best; -1 for none, and `NOT_IN_LIST` if it is not in the list.
         """
         target_ids = np.asarray(target_ids)
         if include_ids is None and include_mask is None:
